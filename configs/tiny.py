@@ -1,0 +1,76 @@
+"""The whole method on a model small enough for a laptop: column addition, two CPU cores.
+
+python -m lopd.main --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+from lopd import config as lopd_config
+
+
+def get_config():
+    """Settings of the tiny run. Tuned on the `dev` split and on other seeds than those reported."""
+    config = lopd_config.base_config()
+    config.stages = lopd_config.STAGES
+    config.tokenizer = "tiny"
+    config.task.digits = 3
+    config.prompt_length = 12
+    config.response_length = 40
+    config.row_length = 128
+
+    config.teacher.model = lopd_config.model_section(
+        vocab_size=21,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+    )
+    config.teacher.problems = 100_000
+    config.teacher.update(
+        lopd_config.training_recipe(
+            steps=800,
+            batch_size=128,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=40,
+            reduction="token_mean",
+        )
+    )
+    config.teacher.label_smoothing = 0.02
+    config.student.model = lopd_config.model_section(
+        vocab_size=21,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+    config.sft_data.update(prompts=400, temperature=0.5)
+    config.sft.update(
+        lopd_config.training_recipe(
+            steps=300,
+            batch_size=128,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=30,
+            reduction="token_mean",
+        )
+    )
+    config.precompute.update(prompts=20_000, temperature=0.7)
+    config.opd.update(
+        lopd_config.training_recipe(
+            steps=160, batch_size=128, learning_rate=3e-4, warmup_steps=20, reduction="sample_mean"
+        )
+    )
+    config.control.update(
+        lopd_config.training_recipe(
+            steps=160, batch_size=128, learning_rate=3e-4, warmup_steps=20, reduction="token_mean"
+        )
+    )
+    config.eval.update(prompts=1000, temperature=1.0)
+    config.runtime.update(
+        rows_per_micro=8, slots=256, decode_steps=8, prefill_batch=128, records_per_shard=4000
+    )
+    return config

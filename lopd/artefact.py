@@ -1,0 +1,146 @@
+"""Artefacts: what a stage leaves behind, and the manifest that says what it is.
+
+An artefact is a directory with a `manifest.json`. The manifest is written, atomically, when the
+stage starts (`complete: false`, with the settings and inputs it is made from), grows as parts of
+it are finished, and is closed at the end. A file counts only when the manifest lists it.
+"""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+import lopd
+from lopd.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a small text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: epath.Path) -> None:
+    """Flushes a local file or directory to disk; object stores need no such thing."""
+    if "://" in os.fspath(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: epath.Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """What changed between two JSON-like trees, as `key: old → new` lines."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return [] if old == new else [f"{prefix}: {old!r} → {new!r}"]
+
+
+class Artefact:
+    """One stage's output directory and its manifest (a plain dict, `manifest`)."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.manifest: dict[str, Any] | None = self._load()
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.path / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.path}") from error
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {manifest.get('format_version')}, this code reads "
+                f"{FORMAT_VERSION}; delete {self.path} to make it again"
+            )
+        return manifest
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage that makes it has finished."""
+        return self.manifest is not None and self.manifest["complete"]
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """What later stages may rely on: fingerprints, counts, model shape."""
+        return self.manifest["outputs"]
+
+    def check(self, key: str, expected: dict[str, Any]) -> None:
+        """Refuses an artefact that was made from other `settings` or `inputs`.
+
+        Raises:
+          UserError: naming each difference.
+        """
+        if self.manifest is None:
+            return
+        found = differences(self.manifest[key], json.loads(json.dumps(expected)))
+        if found:
+            raise UserError(
+                f"{self.path} was made with other {key} ({'; '.join(found)}): restore them, "
+                f"use another --workdir, or delete {self.path}"
+            )
+
+    def begin(self, stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+        """Opens the artefact for work, keeping what an interrupted run has finished."""
+        if self.manifest is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.manifest = {
+                "format_version": FORMAT_VERSION,
+                "stage": stage,
+                "complete": False,
+                "code_version": lopd.__version__,
+                "settings": json.loads(json.dumps(settings)),
+                "inputs": json.loads(json.dumps(inputs)),
+                "outputs": {},
+                "seconds": 0.0,
+            }
+        self.save()
+
+    def save(self) -> None:
+        """Writes the manifest as it stands."""
+        write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+
+    def finish(self, outputs: dict[str, Any]) -> None:
+        """Closes the artefact: from now on it is complete."""
+        self.manifest["outputs"] = outputs
+        self.manifest["complete"] = True
+        self.save()
+
+
+def open_complete(path: epath.PathLike, what: str) -> Artefact:
+    """A finished artefact, to be read.
+
+    Raises:
+      UserError: if there is none, or it is not finished.
+    """
+    artefact = Artefact(path)
+    if artefact.manifest is None:
+        raise UserError(f"{what}: {artefact.path} holds no {MANIFEST}; run the stage that makes it")
+    if not artefact.complete:
+        raise UserError(f"{what}: {artefact.path} is not finished; run its stage again")
+    return artefact

@@ -1,0 +1,99 @@
+"""Packing: several responses, with their prompts, in each row of a fixed length.
+
+Layout. A sequence is its prompt followed by its response. A row holds tokens x_0 … x_{n−1} of a
+sequence at consecutive offsets and, at the same offsets, the *targets* x_1 … x_n. Everything that
+belongs to a response token (mask, weight, log-probabilities) therefore sits where that token is
+the target: the offsets P − 1 … P + R − 2 of a sequence with P prompt and R response tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where one response lies in packed rows: row, first target offset, and length."""
+
+    row: int
+    start: int
+    length: int
+
+    def read(self, values: np.ndarray) -> np.ndarray:
+        """This response's slice of an array [rows, row_length]."""
+        return values[self.row, self.start : self.start + self.length]
+
+
+def sequence_length(record: Mapping) -> int:
+    """Row positions that a record takes: all its tokens but the last, which is only a target."""
+    return len(record["prompt_tokens"]) + len(record["response_tokens"]) - 1
+
+
+def assign_rows(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
+    """(row, offset) of every sequence: best fit, longest first, ties by order. Deterministic.
+
+    Raises:
+      ValueError: if a sequence is longer than a row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    free: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for i in order:
+        if lengths[i] > row_length:
+            raise ValueError(f"sequence {i} has {lengths[i]} tokens, rows hold {row_length}")
+        fitting = [(space, row) for row, space in enumerate(free) if space >= lengths[i]]
+        row = min(fitting)[1] if fitting else len(free)
+        if not fitting:
+            free.append(row_length)
+        places[i] = (row, row_length - free[row])
+        free[row] -= lengths[i]
+    return places
+
+
+def pack(
+    records: Sequence[Mapping], row_length: int, token_fields: Sequence[str] = ()
+) -> tuple[Arrays, list[Span]]:
+    """Packs records into as few rows as best fit finds.
+
+    Args:
+      records: each with `prompt_tokens` and `response_tokens` (non-empty), and the named fields.
+      row_length: positions per row.
+      token_fields: names of per-response-token float fields (or scalars, repeated over the
+        response) to lay out beside their targets.
+
+    Returns:
+      Arrays [rows, row_length]: `tokens`, `targets`, `positions`, `segment_ids` (int32, 0 is
+      padding), `mask` (bool, true where the target is a response token) and the token fields
+      (float32); and the span of each record, in order.
+    """
+    places = assign_rows([sequence_length(r) for r in records], row_length)
+    rows = max(row for row, _ in places) + 1
+    int_fields = ("tokens", "targets", "positions", "segment_ids")
+    arrays: Arrays = {name: np.zeros((rows, row_length), np.int32) for name in int_fields}
+    arrays["mask"] = np.zeros((rows, row_length), bool)
+    arrays |= {name: np.zeros((rows, row_length), np.float32) for name in token_fields}
+    spans = []
+    for segment, (record, (row, offset)) in enumerate(zip(records, places, strict=True), start=1):
+        sequence = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
+        window = slice(offset, offset + len(sequence) - 1)
+        arrays["tokens"][row, window] = sequence[:-1]
+        arrays["targets"][row, window] = sequence[1:]
+        arrays["positions"][row, window] = np.arange(len(sequence) - 1)
+        arrays["segment_ids"][row, window] = segment
+        span = Span(row, offset + len(record["prompt_tokens"]) - 1, len(record["response_tokens"]))
+        span.read(arrays["mask"])[:] = True
+        for name in token_fields:
+            span.read(arrays[name])[:] = record[name]
+        spans.append(span)
+    return arrays, spans
+
+
+def pad_rows(arrays: Arrays, rows: int) -> Arrays:
+    """Appends rows of padding up to `rows`."""
+    return {
+        name: np.pad(a, [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1))
+        for name, a in arrays.items()
+    }

@@ -1,0 +1,40 @@
+"""Trains the SentencePiece model of the tiny setting: `python train_tokenizer.py`.
+
+The corpus is the addition task itself, so words are single pieces and every digit stands alone.
+The model is committed (`tiny.model`); this script is how it was made and how to make another.
+"""
+
+import pathlib
+
+import sentencepiece
+
+from lopd.tasks.addition import Addition
+
+HERE = pathlib.Path(__file__).parent
+
+
+def main() -> None:
+    """Writes tiny.model beside this file."""
+    problems = list(Addition(3).problems("teacher", 2000, seed=0))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for p in problems for line in (p.prompt.strip(), p.solution)),
+        model_prefix=str(HERE / "tiny"),
+        model_type="bpe",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        split_digits=True,
+        user_defined_symbols=["\n", "What▁is▁", ",▁so▁", ",▁"],  # ▁ stands for a space
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (HERE / "tiny.vocab").unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Command line: `python -m lopd.main --config=configs/tiny.py --workdir=DIR [--stages=a,b]`.
+
+Any setting can be changed with `--config.section.key=value`.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lopd.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
+STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with any mistake in a setting as one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def _fail(message: str) -> None:
+    print(f"lopd: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the pipeline."""
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
+    if CONFIG.value is None or not WORKDIR.value:
+        _fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
+    # Imported here so that a mistake on the command line is reported at once.
+    from lopd import pipeline, platform
+
+    platform.prepare(WORKDIR.value)
+    try:
+        pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
+    except UserError as error:
+        _fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

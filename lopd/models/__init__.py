@@ -1,0 +1,1 @@
+"""Qwen3 as pure functions over a parameter tree."""

@@ -1,0 +1,281 @@
+"""Qwen3 (dense): its configuration, parameters and forward pass.
+
+Parameters are a plain nested dict whose `layers` are stacked on axis 0, so that training scans
+over them. The Linen modules only describe one layer: they are used through `init` and `apply`.
+Architecture: Qwen3 technical report (arXiv 2505.09388) and the published `config.json` files.
+
+Shape letters: B batch, T query length, S key length, D hidden, H query heads, K key/value heads,
+G = H / K, N head dim, F intermediate size, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from lopd.errors import UserError
+from lopd.models.attention import attend, causal_segment_mask
+from lopd.models.kv_cache import KVCache
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Shape and numerics of a Qwen3 model, with the field names of Hugging Face's `config.json`.
+
+    `dtype` is the compute type; parameters are held in float32 unless a caller casts them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 40960
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model: head_dim={self.head_dim} must be even (rotary embedding)")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of activations and matmul operands."""
+        return jnp.dtype(self.dtype)
+
+
+def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
+    """A float32 master weight with logical axis names, cast to the compute type."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+    return module.param(name, init, shape, jnp.float32).astype(module.config.compute_dtype)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _scale(module: nn.Module, name: str, size: int, axis: str) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
+    return module.param(name, init, (size,), jnp.float32)
+
+
+def _rotate(x_BTHN: jax.Array, cos_BTN: jax.Array, sin_BTN: jax.Array) -> jax.Array:
+    """Rotary position embedding, halves convention (arXiv 2104.09864)."""
+    first, second = jnp.split(x_BTHN.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTN[:, :, None], sin_BTN[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHN.dtype)
+
+
+def rotary_tables(config: Qwen3Config, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, N/2] in float32 for absolute positions."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    angles = positions_BT.astype(jnp.float32)[..., None] / config.rope_theta**exponent
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with per-head RMSNorm on queries and keys before RoPE."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT):
+        c = self.config
+        D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        q = jnp.einsum(
+            "btd,dhn->bthn", x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim"))
+        )
+        k = jnp.einsum(
+            "btd,dkn->btkn", x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim"))
+        )
+        v = jnp.einsum(
+            "btd,dkn->btkn", x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim"))
+        )
+        q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
+        k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
+        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        if layer_cache is not None:
+            layer_cache = layer_cache.write(k, v, write_BT)
+            k, v = layer_cache.k, layer_cache.v
+        out = attend(q, k, v, mask_BTS)
+        out = jnp.einsum(
+            "bthn,hnd->btd", out, _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
+        )
+        return out, layer_cache
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        gate = x_BTD @ _kernel(self, "gate", (D, F), ("embed", "mlp"))
+        up = x_BTD @ _kernel(self, "up", (D, F), ("embed", "mlp"))
+        return (nn.silu(gate) * up) @ _kernel(self, "down", (F, D), ("mlp", "embed"))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT):
+        c = self.config
+        with jax.named_scope("attention"):
+            normed = _rms_norm(
+                x_BTD, _scale(self, "input_norm", c.hidden_size, "norm"), c.rms_norm_eps
+            )
+            out, layer_cache = Attention(c, name="attention")(
+                normed, rotary, mask_BTS, layer_cache, write_BT
+            )
+            x_BTD = x_BTD + out
+        with jax.named_scope("mlp"):
+            normed = _rms_norm(
+                x_BTD, _scale(self, "post_attention_norm", c.hidden_size, "norm"), c.rms_norm_eps
+            )
+            return x_BTD + MLP(c, name="mlp")(normed), layer_cache
+
+
+def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
+    """Initial parameters in Flax's metadata boxes, which carry the logical axis names."""
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+    positions = jnp.zeros((1, 1), jnp.int32)
+    inputs = (
+        jnp.zeros((1, 1, config.hidden_size), config.compute_dtype),
+        rotary_tables(config, positions),
+        jnp.ones((1, 1, 1), bool),
+        None,
+        None,
+    )
+    layers = jax.vmap(lambda k: Block(config).init(k, *inputs)["params"])(
+        jax.random.split(layers_key, config.num_hidden_layers)
+    )
+    layers = meta.map_axis_meta(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers)
+    normal = nn.initializers.normal(0.02)
+    shape = (config.vocab_size, config.hidden_size)
+    params = {
+        "embed": nn.with_logical_partitioning(normal, ("vocab", "embed"))(embed_key, shape),
+        "layers": layers,
+        "final_norm": nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))(
+            None, (config.hidden_size,)
+        ),
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = nn.with_logical_partitioning(normal, ("vocab", "embed"))(
+            head_key, shape
+        )
+    return params
+
+
+def init_params(config: Qwen3Config, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(0, 0.02) matrices and unit norm scales."""
+    return nn.unbox(_boxed_init(config, key))
+
+
+def abstract_params(config: Qwen3Config) -> Params:
+    """Shapes and types of the parameters, without computing them."""
+    return nn.unbox(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
+
+
+def logical_axes(config: Qwen3Config) -> Params:
+    """The logical axis names of every parameter, as a tree of PartitionSpec."""
+    boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
+    return nn.get_partition_spec(boxed)
+
+
+def output_head(params: Params) -> jax.Array:
+    """The [V, D] matrix that turns final hidden states into logits (tied or not)."""
+    return params.get("lm_head", params["embed"])
+
+
+def inference_params(config: Qwen3Config, params: Params) -> Params:
+    """Parameters for repeated decoding: compute type, one dict per layer instead of a stack.
+
+    Separate layers let a cached forward update each layer's key/value buffers in place, which a
+    scan over stacked layers cannot (it would copy the whole cache every token).
+    """
+
+    @jax.jit
+    def convert(params):
+        params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
+        layers = tuple(
+            jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_hidden_layers)
+        )
+        return {**params, "layers": layers}
+
+    return convert(params)
+
+
+def forward(
+    config: Qwen3Config,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    kv_cache: KVCache | None = None,
+    *,
+    remat: bool = False,
+) -> tuple[jax.Array, KVCache | None]:
+    """Final (normalised) hidden states of every token.
+
+    Args:
+      config: the model's shape.
+      params: stacked parameters, or those of `inference_params` when a cache is given.
+      tokens: int32 [B, T].
+      positions: int32 [B, T], the position of each token within its own sequence.
+      segment_ids: int32 [B, T]. Without a cache, tokens attend only within equal ids, so several
+        sequences may share a row; 0 marks padding. With a cache, a row is one sequence and
+        tokens with id 0 are neither written nor meaningful.
+      kv_cache: keys and values of earlier positions; new ones are written at `positions`.
+      remat: recompute each layer's activations in the backward pass.
+
+    Returns:
+      Hidden states [B, T, D] in the compute type, and the updated cache (None without one).
+    """
+    with jax.named_scope("embed"):
+        x = params["embed"].astype(config.compute_dtype)[tokens]
+    rotary = rotary_tables(config, positions)
+    block = Block(config)
+    if kv_cache is None:
+        mask = causal_segment_mask(segment_ids)
+
+        def layer(x, layer_params):
+            return block.apply({"params": layer_params}, x, rotary, mask, None, None)[0], None
+
+        layer = jax.checkpoint(layer) if remat else layer
+        x, _ = jax.lax.scan(layer, x, params["layers"])
+    else:
+        capacity = kv_cache.capacity
+        mask = jnp.arange(capacity) <= positions[..., None]
+        # Padding is written past the end, where the scatter drops it.
+        write = jnp.where(segment_ids > 0, positions, capacity)
+        layer_caches = []
+        for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
+            x, layer_cache = block.apply(
+                {"params": layer_params}, x, rotary, mask, layer_cache, write
+            )
+            layer_caches.append(layer_cache)
+        kv_cache = KVCache(tuple(layer_caches))
+    return _rms_norm(x, params["final_norm"], config.rms_norm_eps), kv_cache

@@ -1,0 +1,139 @@
+"""Runs the stages in order: skips what is complete, continues what is partial, refuses the rest."""
+
+import json
+import os
+import time
+
+import ml_collections
+from etils import epath
+
+from lopd import config as lopd_config
+from lopd import parallel
+from lopd.artefact import Artefact, open_complete
+from lopd.context import Context
+from lopd.errors import UserError
+from lopd.stages import control, export, opd, precompute, sft, sft_data, teacher
+from lopd.stages import eval as evaluation
+
+STAGES = {
+    "teacher": teacher,
+    "sft_data": sft_data,
+    "sft": sft,
+    "precompute": precompute,
+    "opd": opd,
+    "control": control,
+    "eval": evaluation,
+    "export": export,
+}
+
+
+def _check_writable(workdir: epath.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
+    """Everything that can be refused without the outputs of stages still to run."""
+    lopd_config.validate(ctx.config, stages)
+    for which in ("teacher", "student"):
+        model = ctx.model(which)
+        parallel.check_divisible(model, ctx.mesh, f"{which}.model")
+        if model.vocab_size < ctx.tokenizer.vocab_size:
+            raise UserError(
+                f"{which}.model.vocab_size={model.vocab_size} is less than the tokenizer's "
+                f"{ctx.tokenizer.vocab_size} pieces"
+            )
+    rows, split = ctx.config.runtime.rows_per_micro, ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+    if rows % split:
+        raise UserError(
+            f"runtime.rows_per_micro={rows} must be a multiple of data × fsdp = {split}"
+        )
+    for name, stage in STAGES.items():
+        if ctx.given(name):
+            open_complete(ctx.given(name), f"the {name} artefact given in the settings")
+        elif name in stages:
+            Artefact(ctx.workdir / name).check("settings", stage.settings(ctx))
+    # A stage reads artefacts that are given, already there, or about to be made.
+    for name in stages:
+        for needed in _NEEDS[name]:
+            if not ctx.given(needed) and needed not in stages:
+                ctx.input(needed)
+
+
+_NEEDS = {
+    "teacher": (),
+    "sft_data": ("teacher",),
+    "sft": ("sft_data",),
+    "precompute": ("teacher", "sft"),
+    "opd": ("sft", "precompute"),
+    "control": ("sft", "sft_data"),
+    "eval": (),
+    "export": ("opd",),
+}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...] = ()) -> None:
+    """Runs stages (those of the config by default) in a working directory.
+
+    Raises:
+      UserError: for bad settings, before any work; or for an artefact made with other ones.
+    """
+    stages = tuple(stages) or tuple(config.stages)
+    lopd_config.validate(config, stages)
+    ctx = Context(config, epath.Path(workdir), parallel.make_mesh(config.mesh.to_dict()))
+    _check_before_work(ctx, stages)
+    _check_writable(ctx.workdir)
+    ordered = [name for name in STAGES if name in stages]
+    for number, name in enumerate(ordered, start=1):
+        title = f"[{number}/{len(ordered)}] {name}"
+        if ctx.given(name):
+            print(f"{title}: given, {ctx.given(name)}", flush=True)
+            continue
+        _run_stage(ctx, name, title)
+    _print_summary(ctx, ordered)
+
+
+def _run_stage(ctx: Context, name: str, title: str) -> None:
+    stage, artefact = STAGES[name], Artefact(ctx.workdir / name)
+    settings, inputs = stage.settings(ctx), stage.inputs(ctx)
+    artefact.check("settings", settings)
+    artefact.check("inputs", inputs)
+    if artefact.complete:
+        print(f"{title}: complete, skipped", flush=True)
+        return
+    print(f"{title}{': continued' if artefact.manifest else ''}", flush=True)
+    start = time.perf_counter()
+    artefact.begin(name, settings, inputs)
+    before = artefact.manifest["seconds"]
+    outputs = stage.run(ctx, artefact)
+    artefact.manifest["seconds"] = before + time.perf_counter() - start
+    artefact.finish(outputs)
+
+
+def _print_summary(ctx: Context, stages: list[str]) -> None:
+    """A short table of accuracies, if there are any, and the time that each stage took."""
+    summary = ctx.workdir / "eval" / "summary.json"
+    if summary.exists():
+        results = json.loads(summary.read_text())
+        print(f"\naccuracy on '{results['split']}', 95 % interval")
+        tasks = list(next(iter(results["models"].values())))
+        print(f"{'':10}" + "".join(f"{task:>30}" for task in tasks) + f"{'n':>8}")
+        for model, by_task in results["models"].items():
+            cells = "".join(
+                f"{by_task[t]['accuracy']:>14.1%}  "
+                f"[{by_task[t]['ci95'][0]:5.1%}, {by_task[t]['ci95'][1]:5.1%}]"
+                for t in tasks
+            )
+            print(f"{model:10}{cells}{by_task[tasks[0]]['n']:>8}")
+    seconds = {}
+    for name in stages:
+        artefact = Artefact(ctx.workdir / name)
+        if artefact.complete:
+            seconds[name] = artefact.manifest["seconds"]
+    times = "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
+    print(f"\nseconds: {times}  total {sum(seconds.values()):.0f}\nresults in {ctx.workdir}")

@@ -1,0 +1,1 @@
+"""Sampling responses: jitted prefill and decode, and the slot engine that drives them."""

@@ -1,0 +1,179 @@
+"""What several stages do alike: sample into shards, and train into an artefact."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+
+from lopd.artefact import Artefact
+from lopd.cache import writer
+from lopd.context import PARAMS, Context
+from lopd.errors import UserError
+from lopd.fingerprint import params_fingerprint, settings_fingerprint
+from lopd.models import qwen3
+from lopd.objectives import Objective
+from lopd.parallel import check_divisible, param_shardings
+from lopd.progress import bar
+from lopd.sampling.engine import Request, Response, Sampling, generate
+from lopd.tasks.addition import Problem
+from lopd.training import checkpoints
+from lopd.training.loop import train
+
+
+def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
+    """The settings a stage's result depends on: its section, the named others, and the seed.
+
+    Paths of given artefacts are left out: what they hold is compared by fingerprint.
+    """
+    config = ctx.config.to_dict()
+    own = {k: v for k, v in config[section].items() if k not in ("checkpoint", "cache")}
+    return {
+        "seed": config["seed"],
+        "tokenizer": ctx.tokenizer.fingerprint,
+        section: own,
+        **{key: config[key] for key in shared},
+    }
+
+
+def cache_fingerprint(artefact: Artefact) -> str:
+    """Identity of a cache's content."""
+    return settings_fingerprint([s["sha256"] for s in artefact.manifest["shards"]])
+
+
+def base_params(ctx: Context, which: str) -> qwen3.Params:
+    """The untrained weights that a model starts from, made in their sharding."""
+    model = ctx.model(which)
+    check_divisible(model, ctx.mesh, f"{which}.model")
+    init = jax.jit(
+        lambda key: qwen3.init_params(model, key), out_shardings=param_shardings(model, ctx.mesh)
+    )
+    return init(jax.random.key(ctx.seed(f"{which} weights")))
+
+
+def train_into(
+    ctx: Context,
+    artefact: Artefact,
+    which: str,
+    params: qwen3.Params,
+    batches: grain.MapDataset,
+    objective: Objective,
+    recipe: ml_collections.ConfigDict,
+) -> dict:
+    """Trains a model, saves its weights under the artefact, and returns their identity."""
+    model = ctx.model(which)
+    params = train(
+        artefact,
+        model,
+        params,
+        batches,
+        objective,
+        recipe,
+        mesh=ctx.mesh,
+        checkpoint_every=ctx.config.runtime.checkpoint_every,
+        label=artefact.path.name,
+    )
+    checkpoints.save_params(artefact.path / PARAMS, params)
+    return {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}
+
+
+def encode_prompts(ctx: Context, problems: Sequence[Problem]) -> list[list[int]]:
+    """Token ids of the prompts.
+
+    Raises:
+      UserError: if one is longer than `prompt_length`.
+    """
+    prompts = [ctx.tokenizer.encode(p.prompt) for p in problems]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) > ctx.config.prompt_length:
+        raise UserError(
+            f"prompt {problems[longest].problem_id} has {len(prompts[longest])} tokens, "
+            f"prompt_length={ctx.config.prompt_length}: raise it"
+        )
+    return prompts
+
+
+def requests(problems: Sequence[Problem], prompts: list[list[int]], samples: int) -> list[Request]:
+    """One request per prompt and sample, in order."""
+    return [
+        Request(problem.problem_id, sample, prompt)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for sample in range(samples)
+    ]
+
+
+def sampler(
+    ctx: Context, which: str, params: qwen3.Params, temperature: float, purpose: str
+) -> Callable[[Sequence[Request]], Iterator[Response]]:
+    """A function from requests to responses (in order of finishing) for one model."""
+    model, runtime = ctx.model(which), ctx.config.runtime
+    decode_params = qwen3.inference_params(model, params)
+    sampling = Sampling(
+        temperature=temperature,
+        max_response=ctx.config.response_length,
+        seed=ctx.seed(purpose),
+        end_id=ctx.tokenizer.end_id,
+    )
+
+    def sample(wanted: Sequence[Request]) -> Iterator[Response]:
+        return generate(
+            model,
+            decode_params,
+            wanted,
+            sampling,
+            slots=runtime.slots,
+            capacity=ctx.config.prompt_length + ctx.config.response_length,
+            decode_steps=runtime.decode_steps,
+            prefill_batch=runtime.prefill_batch,
+        )
+
+    return sample
+
+
+def response_record(response: Response) -> dict:
+    """A response as `cache.schema.RESPONSE_FIELDS` holds it."""
+    return {
+        "prompt_id": response.request.prompt_id,
+        "sample_id": response.request.sample_id,
+        "prompt_tokens": np.asarray(response.request.prompt_tokens, np.int32),
+        "response_tokens": response.tokens,
+        "finished": response.finished,
+        "behaviour_logprobs": response.behaviour_logprobs,
+    }
+
+
+def write_responses(
+    ctx: Context,
+    artefact: Artefact,
+    fields: dict,
+    wanted: Sequence[Request],
+    sample: Callable[[Sequence[Request]], Iterator[Response]],
+    to_records: Callable[[list[Response]], list[dict]],
+) -> dict:
+    """Samples every request into shards, skipping those that an interrupted run has finished.
+
+    Returns:
+      Totals: responses, response tokens, and the share that ended by itself.
+    """
+    per_shard = ctx.config.runtime.records_per_shard
+    count = -(-len(wanted) // per_shard)
+    done = writer.shards_written(artefact)
+    totals = artefact.manifest.setdefault("totals", {"responses": 0, "tokens": 0, "finished": 0})
+    progress = bar(
+        total=len(wanted), initial=totals["responses"], label=artefact.path.name, unit="responses"
+    )
+    for index in range(done, count):
+        responses = []
+        for response in sample(wanted[index * per_shard : (index + 1) * per_shard]):
+            responses.append(response)
+            progress.update()
+        responses.sort(key=lambda r: r.index)
+        totals["responses"] += len(responses)
+        totals["tokens"] += sum(len(r.tokens) for r in responses)
+        totals["finished"] += sum(r.finished for r in responses)
+        writer.write_shard(artefact, fields, index, count, to_records(responses))
+    progress.close()
+    writer.write_metadata(artefact, fields)
+    return {**totals, "fingerprint": cache_fingerprint(artefact)}

@@ -1,0 +1,20 @@
+"""`control`: more SFT steps from π_ref on the same data (see `lopd.stages.sft`)."""
+
+from lopd.artefact import Artefact
+from lopd.context import Context
+from lopd.stages import common, sft
+
+
+def settings(ctx: Context) -> dict:
+    """What the control depends on."""
+    return common.stage_settings(ctx, "control", "student", "row_length")
+
+
+def inputs(ctx: Context) -> dict:
+    """π_ref and its data."""
+    return {**sft.inputs(ctx), "sft": ctx.input("sft").outputs["fingerprint"]}
+
+
+def run(ctx: Context, artefact: Artefact) -> dict:
+    """Trains on from π_ref."""
+    return sft.fine_tune(ctx, artefact, ctx.load_params("sft", "student"), ctx.config.control)

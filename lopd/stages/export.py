@@ -1,0 +1,23 @@
+"""`export`: the trained student as a Hugging Face checkpoint."""
+
+from lopd.artefact import Artefact
+from lopd.context import Context
+from lopd.models import hf
+
+
+def settings(ctx: Context) -> dict:
+    """The tokenizer goes with the weights."""
+    return {"tokenizer": ctx.tokenizer.fingerprint}
+
+
+def inputs(ctx: Context) -> dict:
+    """The student that OPD made."""
+    return {"opd": ctx.input("opd").outputs["fingerprint"]}
+
+
+def run(ctx: Context, artefact: Artefact) -> dict:
+    """Writes safetensors, config.json, generation_config.json and the tokenizer."""
+    params = ctx.load_params("opd", "student")
+    hf.save_checkpoint(artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id)
+    (artefact.path / "tokenizer.model").write_bytes(ctx.tokenizer.serialized)
+    return {}

@@ -1,0 +1,52 @@
+"""`opd`: trains the student on the fixed cache. Needs no teacher."""
+
+from lopd.artefact import Artefact
+from lopd.cache.reader import Records
+from lopd.context import Context
+from lopd.data.batches import step_batches
+from lopd.errors import UserError
+from lopd.objectives import lightning_opd
+from lopd.stages import common
+
+
+def settings(ctx: Context) -> dict:
+    """What the trained student depends on."""
+    return common.stage_settings(ctx, "opd", "student", "row_length")
+
+
+def inputs(ctx: Context) -> dict:
+    """The cache and the student it starts from.
+
+    Raises:
+      UserError: if another student sampled the cache.
+    """
+    sft, cache = ctx.input("sft"), ctx.input("precompute")
+    start, sampled = sft.outputs["fingerprint"], cache.outputs["sft"]
+    if start != sampled:
+        raise UserError(
+            f"the cache {cache.path} was sampled from student {sampled}, but OPD would start "
+            f"from {start} ({sft.path}): give the cache of this student, or its checkpoint"
+        )
+    if cache.manifest["settings"]["tokenizer"] != ctx.tokenizer.fingerprint:
+        raise UserError(
+            f"the cache {cache.path} was made with tokenizer "
+            f"{cache.manifest['settings']['tokenizer']}, the run's is {ctx.tokenizer.fingerprint}"
+        )
+    return {"sft": start, "precompute": cache.outputs["fingerprint"]}
+
+
+def run(ctx: Context, artefact: Artefact) -> dict:
+    """Huber regression of log π_θ onto log π_T over the cache."""
+    recipe = ctx.config.opd
+    batches = step_batches(
+        Records(ctx.input("precompute")),
+        seed=ctx.seed("opd order"),
+        batch_size=recipe.batch_size,
+        row_length=ctx.config.row_length,
+        rows_per_micro=ctx.config.runtime.rows_per_micro,
+        reduction=recipe.reduction,
+        token_fields=("teacher_logprobs", "ref_logprobs"),
+    )
+    params = ctx.load_params("sft", "student")
+    objective = lightning_opd(recipe.tau)
+    return common.train_into(ctx, artefact, "student", params, batches, objective, recipe)

@@ -1,0 +1,101 @@
+"""Column addition with the working shown: a task small models get wrong in honest ways.
+
+A problem asks for the sum of two numbers of equal length. A worked answer adds column by column
+from the right, carries in the open, and then reads the digits back from the left::
+
+    What is 357+846?
+    7+6=13, 5+4+1=10, 3+8+1=12, so 1203.
+
+A slip in one column, a forgotten carry or a misread digit spoils the result, and each of those is
+one token that a teacher can point at.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from lopd.errors import UserError
+
+# Disjoint regions of the space of problems, as fractions of it. `dev` is for tuning settings,
+# `test` for reported figures.
+SPLITS = {
+    "teacher": (0.0, 0.5),
+    "sft": (0.5, 0.6),
+    "opd": (0.6, 0.9),
+    "dev": (0.9, 0.95),
+    "test": (0.95, 1.0),
+}
+_SPLIT_SEED = 20260413  # fixed for ever: a problem never changes its split
+_ANSWER = re.compile(r"so (\d+)\.$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem: its number within the task, the prompt, a worked answer, and the result."""
+
+    problem_id: int
+    prompt: str
+    solution: str
+    answer: str
+
+
+def _worked_solution(left: int, right: int, digits: int) -> str:
+    columns, carry = [], 0
+    for place in range(digits):
+        a, b = left // 10**place % 10, right // 10**place % 10
+        total = a + b + carry
+        columns.append(f"{a}+{b}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return f"{', '.join(columns)}, so {left + right}."
+
+
+class Addition:
+    """Sums of two `digits`-digit numbers (leading digits are not zero)."""
+
+    name = "addition"
+
+    def __init__(self, digits: int):
+        if not 1 <= digits <= 4:
+            raise UserError(f"task.digits={digits}: must be 1 to 4")
+        self.digits = digits
+        self._low = 10 ** (digits - 1)
+        self._count = 9 * self._low
+        self._permutation = np.random.default_rng(_SPLIT_SEED).permutation(self._count**2)
+
+    def problem(self, problem_id: int) -> Problem:
+        """The problem with this number, 0 <= problem_id < (9 · 10^(digits−1))²."""
+        left, right = (int(x) + self._low for x in divmod(problem_id, self._count))
+        return Problem(
+            problem_id=problem_id,
+            prompt=f"What is {left}+{right}?\n",
+            solution=_worked_solution(left, right, self.digits),
+            answer=str(left + right),
+        )
+
+    def split_ids(self, split: str, count: int, seed: int) -> np.ndarray:
+        """`count` distinct problem numbers of a split, drawn with a seed.
+
+        Splits are disjoint whatever the seed.
+
+        Raises:
+          UserError: if the split holds fewer problems than asked for.
+        """
+        low, high = (int(x * len(self._permutation)) for x in SPLITS[split])
+        if not 0 < count <= high - low:
+            raise UserError(
+                f"task addition: {count} problems asked from split '{split}', which holds "
+                f"{high - low}: ask for fewer, or raise task.digits (now {self.digits})"
+            )
+        chosen = np.random.default_rng([seed, low]).permutation(high - low)[:count]
+        return self._permutation[low + chosen]
+
+    def problems(self, split: str, count: int, seed: int) -> Iterator[Problem]:
+        """The problems of `split_ids`, in its order."""
+        return (self.problem(int(i)) for i in self.split_ids(split, count, seed))
+
+    def grade(self, problem: Problem, response: str) -> bool:
+        """Whether a response ends in the right result. Exact: no partial credit."""
+        match = _ANSWER.search(response.strip())
+        return match is not None and match.group(1) == problem.answer

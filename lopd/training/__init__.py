@@ -1,0 +1,1 @@
+"""The jitted training step, its state, checkpoints and loop."""

@@ -1,0 +1,38 @@
+"""Packaging of lopd: Lightning OPD (on-policy distillation from a fixed cache) in JAX."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="lopd",
+    version="0.1.0",
+    description="Lightning OPD in JAX: on-policy distillation of Qwen3 on TPU and GPU meshes",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lopd", "lopd.*"]),
+    package_data={"lopd.data": ["tiny_tokenizer/*"]},
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "etils[epath]",
+        "flax",
+        "grain",
+        "importlib_resources",  # imported by tensorflow-datasets, which does not declare it
+        "jax",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "safetensors",
+        "sentencepiece",
+        "tensorflow-datasets",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "eval": ["math-verify"],
+        "test": ["pytest", "ruff", "torch==2.13.0", "transformers"],
+    },
+)
