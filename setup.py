@@ -1,12 +1,14 @@
 """Packaging of lopd: Lightning OPD (on-policy distillation from a fixed cache) in JAX."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 setup(
     name="lopd",
     version="0.1.0",
     description="Lightning OPD in JAX: on-policy distillation of Qwen3 on TPU and GPU meshes",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

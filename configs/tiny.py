@@ -20,10 +20,10 @@ def get_config():
         vocab_size=21,
         hidden_size=96,
         intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
     )
     config.teacher.problems = 100_000
     config.teacher.update(
@@ -42,9 +42,9 @@ def get_config():
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
     )
 
     config.sft_data.update(prompts=400, temperature=0.5)

@@ -5,7 +5,7 @@ Any setting can be changed with `--config.section.key=value`.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lopd.errors import UserError
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
         _fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
     from lopd import pipeline, platform
 

@@ -1,5 +1,7 @@
 """The device mesh and the one table that maps logical axes onto it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -22,25 +24,27 @@ RULES = {
 """Logical parameter axis → mesh axis. Batches are split over data and fsdp together."""
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """A mesh of all devices with axes data, fsdp and tensor; one size may be -1.
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the devices (all by default): axes data, fsdp, tensor; one size may be -1.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
     shape = [sizes[axis] for axis in AXES]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     wildcards = shape.count(-1)
     known = int(np.prod([s for s in shape if s != -1]))
-    if wildcards == 1 and known > 0 and devices % known == 0:
-        shape[shape.index(-1)] = devices // known
-    if min(shape) < 1 or int(np.prod(shape)) != devices:
+    if wildcards == 1 and known > 0 and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if min(shape) < 1 or int(np.prod(shape)) != count:
         wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise UserError(
-            f"mesh {wanted} does not fit {devices} devices: the sizes must multiply to "
-            f"{devices} (one may be -1)"
+            f"mesh {wanted} does not fit {count} devices: the sizes must multiply to "
+            f"{count} (one may be -1)"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
 
 
 def check_divisible(config: qwen3.Qwen3Config, mesh: Mesh, what: str) -> None:

@@ -62,11 +62,11 @@ def score_logits(logits: jax.Array, targets: jax.Array) -> TokenScores:
     """Scores of `targets` [...] under float32 `logits` [..., V]."""
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    probabilities = jnp.exp(logits - logsumexp[..., None])
+    logprobs = logits - logsumexp[..., None]
     return TokenScores(
         logprobs=target_logits - logsumexp,
         logsumexp=logsumexp,
-        entropy=logsumexp - jnp.sum(probabilities * logits, axis=-1),
+        entropy=-jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1),
         mean_logprob=jnp.mean(logits, axis=-1) - logsumexp,
     )
 

@@ -41,6 +41,7 @@ class Qwen3Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -60,7 +61,9 @@ class Qwen3Config:
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
     """A float32 master weight with logical axis names, cast to the compute type."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+    init = nn.with_logical_partitioning(
+        nn.initializers.normal(module.config.initializer_range), axes
+    )
     return module.param(name, init, shape, jnp.float32).astype(module.config.compute_dtype)
 
 
@@ -173,7 +176,7 @@ def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
         jax.random.split(layers_key, config.num_hidden_layers)
     )
     layers = meta.map_axis_meta(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers)
-    normal = nn.initializers.normal(0.02)
+    normal = nn.initializers.normal(config.initializer_range)
     shape = (config.vocab_size, config.hidden_size)
     params = {
         "embed": nn.with_logical_partitioning(normal, ("vocab", "embed"))(embed_key, shape),
@@ -190,7 +193,7 @@ def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
 
 
 def init_params(config: Qwen3Config, key: jax.Array) -> Params:
-    """Random float32 parameters: normal(0, 0.02) matrices and unit norm scales."""
+    """Random float32 parameters: normal(0, initializer_range) matrices and unit norm scales."""
     return nn.unbox(_boxed_init(config, key))
 
 
@@ -220,10 +223,8 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
     @jax.jit
     def convert(params):
         params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
-        layers = tuple(
-            jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_hidden_layers)
-        )
-        return {**params, "layers": layers}
+        layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])  # noqa: E731
+        return {**params, "layers": tuple(layer(i) for i in range(config.num_hidden_layers))}
 
     return convert(params)
 

@@ -69,7 +69,7 @@ def make_train_step(
         grads, metrics = batch_gradients(config, objective, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(config, optimizer, mesh)

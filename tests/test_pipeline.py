@@ -1,0 +1,219 @@
+"""The command line, in real processes: a whole run, a second one, kills, and bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+STAGES = ["teacher", "sft_data", "sft", "precompute", "opd", "control", "eval", "export"]
+
+# A run of seconds: too short to learn anything, long enough to do everything.
+SMALL = {
+    "teacher.problems": 400,
+    "teacher.steps": 6,
+    "teacher.warmup_steps": 1,
+    "sft_data.prompts": 40,
+    "sft.steps": 6,
+    "sft.warmup_steps": 1,
+    "precompute.prompts": 96,
+    "opd.steps": 6,
+    "opd.warmup_steps": 1,
+    "control.steps": 6,
+    "control.warmup_steps": 1,
+    "eval.prompts": 16,
+    "runtime.checkpoint_every": 2,
+    "runtime.slots": 16,
+    "runtime.prefill_batch": 16,
+    "runtime.records_per_shard": 16,
+}
+BATCHES = {f"{stage}.batch_size": 16 for stage in ("teacher", "sft", "opd", "control")}
+
+
+def command(workdir, stages="", config="configs/tiny.py", **settings) -> list[str]:
+    settings = SMALL | BATCHES | {k.replace("__", "."): v for k, v in settings.items()}
+    return [
+        *(sys.executable, "-m", "lopd.main"),
+        *(f"--config={REPOSITORY / config}", f"--workdir={workdir}"),
+        *([f"--stages={stages}"] if stages else []),
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(*args, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*args, **settings), capture_output=True, text=True, env=environment()
+    )
+
+
+def outcome(workdir) -> dict:
+    """All that a run produced and another must produce again, bit for bit."""
+    manifests = {}
+    for stage in STAGES:
+        manifest = json.loads((workdir / stage / "manifest.json").read_text())
+        assert manifest["complete"]
+        del manifest["seconds"]
+        manifests[stage] = manifest
+    weights = (workdir / "export" / "model.safetensors").read_bytes()
+    return {"manifests": manifests, "weights": weights,
+            "summary": json.loads((workdir / "eval" / "summary.json").read_text())}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_every_stage_runs_and_says_so(whole):
+    workdir, done = whole
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"[{number}/8] {stage}" in done.stdout
+    assert "accuracy on 'test'" in done.stdout and "seconds: teacher" in done.stdout
+    models = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
+    assert list(models) == ["teacher", "base", "sft", "control", "opd"]
+    for tasks in models.values():
+        for result in tasks.values():
+            assert result["n"] == 16
+            assert result["ci95"][0] <= result["accuracy"] <= result["ci95"][1]
+    for stage in ("teacher", "sft", "opd", "control"):
+        rows = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    gap = json.loads((workdir / "precompute" / "manifest.json").read_text())["outputs"]
+    assert gap["sampler_scorer_gap"]["max"] < 1e-4
+
+
+def test_second_run_does_nothing(whole):
+    workdir, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    start = time.monotonic()
+    done = run(workdir)
+    assert done.returncode == 0 and done.stdout.count("complete, skipped") == 8
+    assert time.monotonic() - start < 60
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_exported_student_loads_in_transformers(whole):
+    workdir, _ = whole
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        workdir / "export", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.generate(torch.tensor([[4, 8, 7, 7]]), max_new_tokens=4).shape[1] > 4
+
+
+def test_killed_in_each_stage_and_run_again_gives_the_same(whole, tmp_path):
+    """SIGKILL soon after each stage has begun, and once more; then to the end."""
+    for stage in STAGES[:-1]:
+        for pause in (0.0, 1.5):
+            process = subprocess.Popen(
+                command(tmp_path), env=environment(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            manifest = tmp_path / stage / "manifest.json"
+            while process.poll() is None and not manifest.exists():
+                time.sleep(0.01)
+            time.sleep(pause)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path) == outcome(whole[0])
+
+
+def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
+    """One line, exit code 2, and what it must name."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("lopd: error: "), done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_unknown_setting_names_the_nearest(tmp_path):
+    done = run(tmp_path / "w", opd__learning_rat=0.1)
+    refused(done, "opd.learning_rat", "learning_rate")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"opd.steps": "many"}, ["opd.steps", "many"]),
+        ({"opd.tau": -1}, ["opd.tau=-1"]),
+        ({"sft.schedule": "linear"}, ["sft.schedule='linear'", "cosine"]),
+        ({"row_length": 50}, ["row_length=50", "raise it to 51"]),
+        ({"row_length": 100_000}, ["row_length=100000", "max_position_embeddings"]),
+        ({"prompt_length": 4}, ["prompt_length=4"]),
+        ({"student.model.vocab_size": 12}, ["student.model.vocab_size=12", "21"]),
+        ({"mesh.tensor": 3}, ["tensor=3", "1 devices"]),
+        ({"teacher.checkpoint": "/nowhere"}, ["/nowhere", "manifest.json"]),
+        ({"tokenizer": "/nowhere.model"}, ["/nowhere.model", "no such file"]),
+        ({"task.digits": 9}, ["task.digits=9"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_setting_is_one_line_before_any_work(tmp_path, settings, parts):
+    done = run(tmp_path / "w", **{k.replace(".", "__"): v for k, v in settings.items()})
+    refused(done, *parts)
+    assert not (tmp_path / "w" / "teacher").exists()
+
+
+def test_other_mistakes_on_the_command_line(tmp_path):
+    refused(run(tmp_path, stages="teacher,sftt"), "sftt", "precompute")
+    refused(run(tmp_path, config="configs/none.py"), "none.py")
+    refused(run(tmp_path, stages="opd"), str(tmp_path / "sft"))
+    (tmp_path / "file").write_text("")
+    refused(run(tmp_path / "file" / "below"), str(tmp_path / "file" / "below"), "cannot be written")
+
+
+def test_other_settings_are_refused_with_the_difference(whole):
+    refused(run(whole[0], opd__tau=3.0), str(whole[0] / "opd"), "opd.tau: 1.0 → 3.0")
+
+
+def test_another_teacher_is_refused_unless_allowed(whole, tmp_path):
+    workdir, _ = whole
+    done = run(tmp_path / "other", "teacher", seed=5)
+    assert done.returncode == 0, done.stderr
+    given = {
+        "sft__checkpoint": workdir / "sft",
+        "teacher__checkpoint": tmp_path / "other" / "teacher",
+    }
+    refused(run(tmp_path / "w", "precompute", **given), "wrote the SFT data", str(workdir / "sft"))
+    given["precompute__allow_inconsistent_teacher"] = True
+    assert run(tmp_path / "w", "precompute", **given).returncode == 0
+
+
+def test_cache_of_another_student_is_refused(whole, tmp_path):
+    workdir, _ = whole
+    done = run(tmp_path, "sft_data,sft", seed=5, teacher__checkpoint=workdir / "teacher")
+    assert done.returncode == 0, done.stderr
+    done = run(tmp_path, "opd", seed=5, opd__cache=workdir / "precompute")
+    refused(done, "sampled from student", str(workdir / "precompute"))
+
+
+def test_damaged_weights_are_found(whole, tmp_path):
+    """One flipped bit in the SFT weights, and a bit in the cache, stop OPD before it starts."""
+    import shutil
+
+    shutil.copytree(whole[0], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "opd")
+    shard = next((tmp_path / "w" / "precompute").glob("*array_record-00002*"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    refused(run(tmp_path / "w", "opd"), shard.name, "damaged")
