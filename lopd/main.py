@@ -3,6 +3,7 @@
 Any setting can be changed with `--config.section.key=value`.
 """
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -19,7 +20,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError) as error:
+        # ml_collections' "'key'… Did you mean …?" says neither where the key was nor what it is.
+        message = str(error.args[0])
+        key = re.match(r"\W*(\w+)", message).group(1)
+        given = [a.split("=")[0] for a in argv if key in re.split(r"[.=]", a)]
+        nearest = re.search(r'mean "(\w+)"', message)
+        hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
+        _fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
 
 

@@ -27,6 +27,19 @@ STAGES = {
 }
 
 
+_READ_PROMPTS = (sft_data, precompute, evaluation)
+_NEEDS = {
+    "teacher": (),
+    "sft_data": ("teacher",),
+    "sft": ("sft_data",),
+    "precompute": ("teacher", "sft"),
+    "opd": ("sft", "precompute"),
+    "control": ("sft", "sft_data"),
+    "eval": (),
+    "export": ("opd",),
+}
+
+
 def _check_writable(workdir: epath.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -57,24 +70,15 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
         if ctx.given(name):
             open_complete(ctx.given(name), f"the {name} artefact given in the settings")
         elif name in stages:
-            Artefact(ctx.workdir / name).check("settings", stage.settings(ctx))
+            artefact = Artefact(ctx.workdir / name)
+            artefact.check("settings", stage.settings(ctx))
+            if stage in _READ_PROMPTS and not artefact.complete:
+                stage.prompts(ctx)
     # A stage reads artefacts that are given, already there, or about to be made.
     for name in stages:
         for needed in _NEEDS[name]:
             if not ctx.given(needed) and needed not in stages:
                 ctx.input(needed)
-
-
-_NEEDS = {
-    "teacher": (),
-    "sft_data": ("teacher",),
-    "sft": ("sft_data",),
-    "precompute": ("teacher", "sft"),
-    "opd": ("sft", "precompute"),
-    "control": ("sft", "sft_data"),
-    "eval": (),
-    "export": ("opd",),
-}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...] = ()) -> None:

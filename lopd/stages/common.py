@@ -1,7 +1,7 @@
 """What several stages do alike: sample into shards, and train into an artefact."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import jax
@@ -79,29 +79,24 @@ def train_into(
     return {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}
 
 
-def encode_prompts(ctx: Context, problems: Sequence[Problem]) -> list[list[int]]:
-    """Token ids of the prompts.
+def make_requests(
+    ctx: Context, problems: Iterable[Problem], samples: int = 1
+) -> tuple[list[Problem], list[Request]]:
+    """The problems, and a request for each sample of each, rendered and tokenised once.
 
     Raises:
-      UserError: if one is longer than `prompt_length`.
+      UserError: if a prompt is longer than `prompt_length`.
     """
-    prompts = [ctx.tokenizer.encode(p.prompt) for p in problems]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) > ctx.config.prompt_length:
-        raise UserError(
-            f"prompt {problems[longest].problem_id} has {len(prompts[longest])} tokens, "
-            f"prompt_length={ctx.config.prompt_length}: raise it"
-        )
-    return prompts
-
-
-def requests(problems: Sequence[Problem], prompts: list[list[int]], samples: int) -> list[Request]:
-    """One request per prompt and sample, in order."""
-    return [
-        Request(problem.problem_id, sample, prompt)
-        for problem, prompt in zip(problems, prompts, strict=True)
-        for sample in range(samples)
-    ]
+    problems, requests = list(problems), []
+    for problem in problems:
+        prompt = ctx.tokenizer.encode(problem.prompt)
+        if len(prompt) > ctx.config.prompt_length:
+            raise UserError(
+                f"prompt {problem.problem_id} has {len(prompt)} tokens, more than "
+                f"prompt_length={ctx.config.prompt_length}: raise it"
+            )
+        requests += [Request(problem.problem_id, sample, prompt) for sample in range(samples)]
+    return problems, requests
 
 
 def sampler(

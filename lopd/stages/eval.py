@@ -7,7 +7,9 @@ from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
 from lopd.models.qwen3 import Params
 from lopd.progress import bar
+from lopd.sampling.engine import Request
 from lopd.stages import common
+from lopd.tasks.addition import Problem
 
 MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",
           "opd": "student"}  # fmt: skip
@@ -28,6 +30,13 @@ def inputs(ctx: Context) -> dict:
     }
 
 
+def prompts(ctx: Context) -> tuple[list[Problem], list[Request]]:
+    """The problems of the evaluation split, one request each."""
+    recipe = ctx.config.eval
+    problems = ctx.task.problems(recipe.split, recipe.prompts, ctx.seed("eval problems"))
+    return common.make_requests(ctx, problems)
+
+
 def wilson_interval(successes: int, count: int) -> list[float]:
     """The 95 % Wilson score interval of a proportion of independent trials."""
     z = 1.959964
@@ -44,11 +53,9 @@ def _params(ctx: Context, name: str) -> Params:
 
 def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
-    recipe = ctx.config.eval
-    problems = list(ctx.task.problems(recipe.split, recipe.prompts, ctx.seed("eval problems")))
-    wanted = common.requests(problems, common.encode_prompts(ctx, problems), samples=1)
+    problems, wanted = prompts(ctx)
     params = _params(ctx, name)
-    modes = {"greedy": 0.0, "sampled": recipe.temperature}
+    modes = {"greedy": 0.0, "sampled": ctx.config.eval.temperature}
     tasks, lines = {}, []
     progress = bar(total=len(modes) * len(wanted), label=f"eval {name}", unit="responses")
     for mode, temperature in modes.items():

@@ -6,7 +6,7 @@ from lopd.artefact import Artefact
 from lopd.cache.schema import SCORED_FIELDS
 from lopd.context import Context
 from lopd.errors import UserError
-from lopd.sampling.engine import Response
+from lopd.sampling.engine import Request, Response
 from lopd.scoring import score_responses
 from lopd.stages import common
 
@@ -37,16 +37,21 @@ def inputs(ctx: Context) -> dict:
     return {"teacher": teacher, "sft": sft.outputs["fingerprint"]}
 
 
+def prompts(ctx: Context) -> list[Request]:
+    """One request per OPD prompt and sample."""
+    recipe = ctx.config.precompute
+    problems = ctx.task.problems("opd", recipe.prompts, ctx.seed("opd problems"))
+    return common.make_requests(ctx, problems, recipe.samples)[1]
+
+
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and scores shard by shard.
 
     The outputs report how far the sampler's log-probabilities (decoding with a cache) are from
     the scorer's (the training forward) on the same tokens and weights.
     """
-    recipe = ctx.config.precompute
+    temperature = ctx.config.precompute.temperature
     identities = inputs(ctx)
-    problems = list(ctx.task.problems("opd", recipe.prompts, ctx.seed("opd problems")))
-    prompts = common.encode_prompts(ctx, problems)
     ref_params = ctx.load_params("sft", "student")
     teacher_params = ctx.load_params("teacher", "teacher")
 
@@ -79,8 +84,8 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         ctx,
         artefact,
         SCORED_FIELDS,
-        common.requests(problems, prompts, recipe.samples),
-        common.sampler(ctx, "student", ref_params, recipe.temperature, "precompute sampling"),
+        prompts(ctx),
+        common.sampler(ctx, "student", ref_params, temperature, "precompute sampling"),
         to_records,
     )
     return {

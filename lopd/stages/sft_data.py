@@ -3,6 +3,7 @@
 from lopd.artefact import Artefact
 from lopd.cache.schema import RESPONSE_FIELDS
 from lopd.context import Context
+from lopd.sampling.engine import Request
 from lopd.stages import common
 
 
@@ -16,18 +17,23 @@ def inputs(ctx: Context) -> dict:
     return {"teacher": ctx.input("teacher").outputs["fingerprint"]}
 
 
+def prompts(ctx: Context) -> list[Request]:
+    """One request per SFT prompt and sample."""
+    recipe = ctx.config.sft_data
+    problems = ctx.task.problems("sft", recipe.prompts, ctx.seed("sft problems"))
+    return common.make_requests(ctx, problems, recipe.samples)[1]
+
+
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and stores; `teacher` in the outputs says who wrote the data."""
-    recipe = ctx.config.sft_data
-    problems = list(ctx.task.problems("sft", recipe.prompts, ctx.seed("sft problems")))
-    prompts = common.encode_prompts(ctx, problems)
+    temperature = ctx.config.sft_data.temperature
     params = ctx.load_params("teacher", "teacher")
     totals = common.write_responses(
         ctx,
         artefact,
         RESPONSE_FIELDS,
-        common.requests(problems, prompts, recipe.samples),
-        common.sampler(ctx, "teacher", params, recipe.temperature, "sft_data sampling"),
+        prompts(ctx),
+        common.sampler(ctx, "teacher", params, temperature, "sft_data sampling"),
         lambda responses: [common.response_record(r) for r in responses],
     )
     return {**totals, "teacher": inputs(ctx)["teacher"]}
