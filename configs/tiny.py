@@ -30,7 +30,7 @@ def get_config():
     config.teacher.label_smoothing = 0.02  # a teacher that is never certain, as real ones are not
     config.teacher.update(
         lopd_config.training_recipe(
-            steps=200,
+            steps=300,
             batch_size=128,
             learning_rate=3e-3,
             schedule="cosine",
@@ -49,7 +49,7 @@ def get_config():
         initializer_range=0.06,
     )
 
-    config.sft_data.update(prompts=360, temperature=0.5)
+    config.sft_data.update(prompts=350, temperature=0.5)
     config.sft.update(
         lopd_config.training_recipe(
             steps=400,

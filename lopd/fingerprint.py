@@ -1,7 +1,6 @@
-"""Identities: of weights, wherever and however they are sharded, and of plain settings."""
+"""The identity of weights, wherever and however they are sharded."""
 
 import hashlib
-import json
 from typing import Any
 
 import jax
@@ -40,9 +39,3 @@ def params_fingerprint(params: Any) -> str:
     for (path, value), shape in zip(leaves, shapes, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)}{shape}{value.tolist()}".encode())
     return digest.hexdigest()[:16]
-
-
-def settings_fingerprint(settings: Any) -> str:
-    """16 hex digits that identify JSON-like settings."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -53,6 +53,9 @@ def main(argv: list[str]) -> None:
         pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nlopd: interrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

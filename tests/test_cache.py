@@ -91,10 +91,10 @@ def test_what_is_no_logprob_is_refused(tmp_path, field, value):
     bad = record(3)
     bad[field] = bad[field].copy()
     bad[field][1] = value
-    with pytest.raises(ValueError, match=f"record 0: {field}"):
+    with pytest.raises(UserError, match=f"record 0: {field}"):
         writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad])
     bad[field] = bad[field][:-1]
-    with pytest.raises(ValueError, match=f"{field} has 3 values for 4 tokens"):
+    with pytest.raises(UserError, match=f"{field} has 3 values for 4 tokens"):
         writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad])
     assert "shards" not in artefact.manifest
 
@@ -109,6 +109,18 @@ def test_only_listed_shards_count(tmp_path):
     assert writer.shards_written(resumed) == 1
     writer.write_shard(resumed, schema.SCORED_FIELDS, 1, 2, [record(1)])
     verify(Artefact(tmp_path))
+
+
+def test_fingerprint_is_of_the_content_alone(tmp_path):
+    expected = writer.content_fingerprint(make_cache(tmp_path / "a", shards=3, per_shard=4))
+    other_split = make_cache(tmp_path / "b", shards=2, per_shard=6)
+    assert writer.content_fingerprint(other_split) == expected
+    artefact = Artefact(tmp_path / "c")
+    artefact.begin("precompute", {}, {})
+    records = [record(i) for i in range(12)]
+    records[7]["teacher_logprobs"] = np.nextafter(records[7]["teacher_logprobs"], np.float32(-9))
+    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, records)
+    assert writer.content_fingerprint(artefact) != expected
 
 
 def test_damaged_manifest_is_one_clear_error(tmp_path):

@@ -1,8 +1,13 @@
 """What a record holds, and the names of the files."""
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+
+from lopd.errors import UserError
 
 NAME = "cache"
 SPLIT = "train"
@@ -43,19 +48,36 @@ def check_record(record: dict, where: str) -> None:
     """Refuses a record that would silently train on nothing or on garbage.
 
     Raises:
-      ValueError: if a response is empty, or a log-probability is missing, NaN or positive.
+      UserError: if a response is empty, or a log-probability is missing, NaN or positive.
     """
     length = len(record["response_tokens"])
     if not length or not len(record["prompt_tokens"]):
-        raise ValueError(f"{where}: empty prompt or response")
+        raise UserError(f"{where}: empty prompt or response")
     for name in _LOGPROB_FIELDS:
         values = record.get(name)
         if values is None:
             continue
         if len(values) != length:
-            raise ValueError(f"{where}: {name} has {len(values)} values for {length} tokens")
+            raise UserError(f"{where}: {name} has {len(values)} values for {length} tokens")
         if not (np.isfinite(values).all() and (values <= 1e-3).all()):
-            raise ValueError(f"{where}: {name} holds a value that is no log-probability")
+            raise UserError(f"{where}: {name} holds a value that is no log-probability")
+
+
+def content_digest(records: Sequence[dict]) -> int:
+    """A 256-bit identity of records, whatever their order and however they are split in shards.
+
+    The sum of each record's SHA-256 over its fields, so digests of shards add up. File checksums
+    cannot serve: serialising the same record twice may order its fields differently.
+    """
+    total = 0
+    for record in records:
+        digest = hashlib.sha256()
+        for name in sorted(record):
+            value = np.asarray(record[name])
+            digest.update(f"{name}{value.shape}".encode())
+            digest.update(value.tobytes())
+        total += int.from_bytes(digest.digest(), "big")
+    return total % 2**256
 
 
 def split_info(data_dir: epath.Path, shard_lengths: list[int], num_bytes: int):

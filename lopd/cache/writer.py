@@ -41,11 +41,18 @@ def write_shard(
         "records": len(records),
         "bytes": temporary.stat().length,
         "sha256": file_sha256(temporary),
+        "content": f"{schema.content_digest(records):064x}",
     }
     temporary.replace(path)
     sync(path.parent)
     artefact.manifest.setdefault("shards", []).append(entry)
     artefact.save()
+
+
+def content_fingerprint(artefact: Artefact) -> str:
+    """16 hex digits that identify a cache's records, independent of order and sharding."""
+    total = sum(int(shard["content"], 16) for shard in artefact.manifest["shards"]) % 2**256
+    return f"{total:064x}"[:16]
 
 
 def shards_written(artefact: Artefact) -> int:

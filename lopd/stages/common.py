@@ -12,7 +12,7 @@ from lopd.artefact import Artefact
 from lopd.cache import writer
 from lopd.context import PARAMS, Context
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint, settings_fingerprint
+from lopd.fingerprint import params_fingerprint
 from lopd.models import qwen3
 from lopd.objectives import Objective
 from lopd.parallel import check_divisible, param_shardings
@@ -36,11 +36,6 @@ def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
         section: own,
         **{key: config[key] for key in shared},
     }
-
-
-def cache_fingerprint(artefact: Artefact) -> str:
-    """Identity of a cache's content."""
-    return settings_fingerprint([s["sha256"] for s in artefact.manifest["shards"]])
 
 
 def base_params(ctx: Context, which: str) -> qwen3.Params:
@@ -152,7 +147,9 @@ def write_responses(
     Returns:
       Totals: responses, response tokens, and the share that ended by itself.
     """
-    per_shard = ctx.config.runtime.records_per_shard
+    # A continued run keeps the shard size it began with: the shards' names depend on it.
+    default = ctx.config.runtime.records_per_shard
+    per_shard = artefact.manifest.setdefault("records_per_shard", default)
     count = -(-len(wanted) // per_shard)
     done = writer.shards_written(artefact)
     totals = artefact.manifest.setdefault("totals", {"responses": 0, "tokens": 0, "finished": 0})
@@ -171,4 +168,4 @@ def write_responses(
         writer.write_shard(artefact, fields, index, count, to_records(responses))
     progress.close()
     writer.write_metadata(artefact, fields)
-    return {**totals, "fingerprint": cache_fingerprint(artefact)}
+    return {**totals, "fingerprint": writer.content_fingerprint(artefact)}

@@ -42,7 +42,7 @@ def wilson_interval(successes: int, count: int) -> list[float]:
     z = 1.959964
     center = (successes + z**2 / 2) / (count + z**2)
     spread = z / (count + z**2) * math.sqrt(successes * (count - successes) / count + z**2 / 4)
-    return [center - spread, center + spread]
+    return [max(0.0, center - spread), min(1.0, center + spread)]
 
 
 def _params(ctx: Context, name: str) -> Params:
