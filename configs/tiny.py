@@ -46,10 +46,10 @@ def get_config():
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        initializer_range=0.06,
+        initializer_range=0.04,
     )
 
-    config.sft_data.update(prompts=350, temperature=0.5)
+    config.sft_data.update(prompts=310, temperature=0.5)
     config.sft.update(
         lopd_config.training_recipe(
             steps=400,
@@ -57,6 +57,7 @@ def get_config():
             learning_rate=3e-3,
             schedule="cosine",
             warmup_steps=30,
+            weight_decay=1.0,
             reduction="token_mean",
         )
     )
