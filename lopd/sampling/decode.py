@@ -100,22 +100,37 @@ def _gumbel_noise(seed: jax.Array, state: SlotState, vocab_size: int) -> jax.Arr
     return jax.vmap(noise)(state.prompt_id, state.sample_id, state.generated)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
+    """Logits [..., V] with all but the nucleus at -inf (arXiv 1904.09751).
+
+    The nucleus is the fewest most likely tokens whose probabilities sum to at least `top_p`;
+    tokens as likely as the last of them stay too.
+    """
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    last_kept = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(descending, last_kept, axis=-1)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
     config: qwen3.Qwen3Config,
     steps: int,
+    top_p: float,
     params: qwen3.Params,
     state: SlotState,
     seed: jax.Array,
     temperature: jax.Array,
-    end_id: jax.Array,
+    end_ids: jax.Array,
     max_response: jax.Array,
 ) -> tuple[SlotState, DecodeOutput]:
     """Decodes every active slot by up to `steps` tokens.
 
-    Sampling is by Gumbel-max over logits / temperature; temperature 0 is greedy, and its
-    behaviour log-probability is then 0 (the choice is certain). A slot stops after the end token
-    or `max_response` tokens.
+    Sampling is by Gumbel-max over logits / temperature within the nucleus of `top_p`; temperature
+    0 is greedy, and its behaviour log-probability is then 0 (the choice is certain). A slot stops
+    after any of `end_ids` or `max_response` tokens.
     """
     head = qwen3.output_head(params)
 
@@ -131,6 +146,8 @@ def decode(
         logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
         greedy = temperature == 0
         scaled = logits / jnp.where(greedy, 1.0, temperature)
+        if top_p < 1:
+            scaled = keep_top_p(scaled, top_p)
         noise = jnp.where(greedy, 0.0, _gumbel_noise(seed, state, logits.shape[-1]))
         token = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
         behaviour = jnp.where(greedy, 0.0, score_logits(scaled, token).logprobs)
@@ -141,7 +158,7 @@ def decode(
             valid=state.active,
         )
         generated = state.generated + state.active
-        ends = (token == end_id) | (generated >= max_response)
+        ends = jnp.isin(token, end_ids) | (generated >= max_response)
         state = state.replace(
             cache=cache,
             token=jnp.where(state.active, token, state.token),

@@ -24,7 +24,7 @@ class Request:
 class Response:
     """One sampled response, with the ids exactly as sampled.
 
-    `tokens` ends with the end token exactly when `finished`; `logprobs` are at temperature 1 and
+    `tokens` ends with an end token exactly when `finished`; `logprobs` are at temperature 1 and
     `behaviour_logprobs` those of the distribution sampled from. `index` is the request's place.
     """
 
@@ -38,12 +38,14 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample: temperature (0 is greedy), response cap in tokens, seed, end token."""
+    """How to sample: temperature (0 is greedy), response cap in tokens, seed, the end tokens, and
+    the probability mass that is sampled from (1 is all)."""
 
     temperature: float
     max_response: int
     seed: int
-    end_id: int
+    end_ids: tuple[int, ...]
+    top_p: float = 1.0
 
 
 def _bucket(length: int) -> int:
@@ -59,7 +61,7 @@ class _Slot:
         self.request = request
         self.parts: list[tuple[np.ndarray, ...]] = []
 
-    def response(self, end_id: int) -> Response:
+    def response(self, end_ids: tuple[int, ...]) -> Response:
         tokens, logprobs, behaviour = (np.concatenate(p) for p in zip(*self.parts, strict=True))
         return Response(
             index=self.index,
@@ -67,7 +69,7 @@ class _Slot:
             tokens=tokens,
             logprobs=logprobs,
             behaviour_logprobs=behaviour,
-            finished=bool(tokens[-1] == end_id),
+            finished=int(tokens[-1]) in end_ids,
         )
 
 
@@ -124,11 +126,12 @@ def generate(
         state, output = decode.decode(
             config,
             decode_steps,
+            sampling.top_p,
             params,
             state,
             jnp.uint32(sampling.seed),
             jnp.float32(sampling.temperature),
-            jnp.int32(sampling.end_id),
+            jnp.asarray(sampling.end_ids, jnp.int32),
             jnp.int32(sampling.max_response),
         )
         output, active = jax.device_get((output, state.active))
@@ -142,7 +145,7 @@ def generate(
             )
             if not active[i]:
                 occupied[i] = None
-                yield slot.response(sampling.end_id)
+                yield slot.response(sampling.end_ids)
 
 
 def _prefill(config, params, state, occupied, members, bucket, prefill_batch):
