@@ -65,9 +65,7 @@ def experts_mlp(
     rows = x_ND[order // J]
     gate = jax.lax.ragged_dot(rows, gate_EDF, group_sizes)
     up = jax.lax.ragged_dot(rows, up_EDF, group_sizes)
-    out = jax.lax.ragged_dot(
-        jax.nn.silu(gate) * up, down_EFD, group_sizes, preferred_element_type=jnp.float32
-    )
+    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_EFD, group_sizes)
     by_token = out[jnp.argsort(order)].reshape(N, J, -1)
     return jnp.einsum("njd,nj->nd", by_token, routing.weights_NJ).astype(x_ND.dtype)
 

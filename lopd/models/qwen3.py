@@ -83,10 +83,10 @@ def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis, computed in float32."""
+    """Root-mean-square normalisation over the last axis, in float32 and rounded once."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def _scale(module: nn.Module, name: str, size: int, axis: str) -> jax.Array:
