@@ -20,13 +20,14 @@ setup(
         "etils[epath]",
         "flax",
         "grain",
+        "huggingface_hub",
         "importlib_resources",  # imported by tensorflow-datasets, which does not declare it
         "jax",
         "ml-collections",
+        "ml_dtypes",
         "numpy",
         "optax",
         "orbax-checkpoint",
-        "safetensors",
         "sentencepiece",
         "tensorflow-datasets",
         "tqdm",
@@ -35,6 +36,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
-        "test": ["pytest", "ruff", "torch==2.13.0", "transformers"],
+        "test": ["pytest", "ruff", "safetensors", "torch==2.13.0", "transformers"],
     },
 )

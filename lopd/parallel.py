@@ -19,6 +19,7 @@ RULES = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": None,
     "norm": None,
 }
 """Logical parameter axis → mesh axis. Batches are split over data and fsdp together."""

@@ -1,6 +1,8 @@
-"""The model against Hugging Face Transformers, and its own invariants."""
+"""The model, dense and mixture of experts, against Transformers, and its own invariants."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,24 @@ from conftest import TIED, random_params
 from lopd.errors import UserError
 from lopd.models import hf, qwen3
 from lopd.models.kv_cache import empty_cache
+from lopd.sampling.engine import Request, Sampling, generate
+from lopd.scoring import token_scores
 
 UNTIED = dataclasses.replace(
-    TIED, tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=4, rope_theta=5e6
+    TIED, tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=1, rope_theta=5e6
 )
+MOE = dataclasses.replace(
+    TIED,
+    vocab_size=40,  # divides over the meshes of test_moe.py
+    tie_word_embeddings=False,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+)
+CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
+
+forward = jax.jit(qwen3.forward, static_argnums=0, static_argnames="remat")
 
 
 def inputs(config, batch, length, seed=0):
@@ -25,25 +41,110 @@ def inputs(config, batch, length, seed=0):
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(positions), jnp.ones((batch, length), int)
 
 
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_equals_transformers(config, tmp_path):
+def logprobs_of(logits, tokens):
+    """log p of each next token under Transformers' logits [B, T, V], in float32: [B, T - 1]."""
+    scores = torch.log_softmax(logits[:, :-1].float(), -1)
+    return scores.gather(-1, torch.tensor(np.asarray(tokens))[:, 1:, None].long())[..., 0].numpy()
+
+
+def our_logprobs(config, params, tokens, positions, segments):
+    """Our hidden states [B, T, D], and the log-probabilities of the next tokens [B, T - 1]."""
+    hidden, _ = forward(config, params, tokens, positions, segments)
+    scores = token_scores(hidden[:, :-1], qwen3.output_head(params), tokens[:, 1:])
+    return hidden, np.asarray(scores.logprobs)
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def twin(request, tmp_path_factory):
+    """A random model, and the folder that Transformers reads it from.
+
+    Its weights are bfloat16 numbers, so that float32 and bfloat16 runs share them exactly.
+    """
+    config = CONFIGS[request.param]
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config, seed=1))
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    path = tmp_path_factory.mktemp(request.param)
+    hf.save_checkpoint(path, config, params, end_id=1)
+    return types.SimpleNamespace(config=config, params=params, path=path)
+
+
+def transformers_model(path, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def test_equals_transformers(twin):
     """The exported checkpoint, loaded by Transformers, gives the same states and logits."""
-    params = random_params(config, seed=1)
-    hf.save_checkpoint(tmp_path, config, params, end_id=1)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens, positions, segments = inputs(config, 3, 40)
-    hidden, _ = qwen3.forward(config, params, tokens, positions, segments)
-    logits = hidden @ qwen3.output_head(params).T
+    tokens, positions, segments = inputs(twin.config, 3, 40)
+    hidden, logprobs = our_logprobs(twin.config, twin.params, tokens, positions, segments)
+    logits = hidden @ qwen3.output_head(twin.params).T
     with torch.no_grad():
-        out = reference(torch.tensor(np.asarray(tokens)), output_hidden_states=True)
+        out = transformers_model(twin.path)(
+            torch.tensor(np.asarray(tokens)), output_hidden_states=True
+        )
     for ours, theirs in ((hidden, out.hidden_states[-1]), (logits, out.logits)):
         theirs = theirs.numpy()
         assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(logprobs, logprobs_of(out.logits, tokens), atol=1e-5)
+
+
+def test_greedy_generation_equals_transformers(twin):
+    """64 tokens after ragged prompts, two slots for three requests."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, twin.config.vocab_size, n).astype(np.int32) for n in (3, 11, 6)]
+    responses = generate(
+        twin.config,
+        qwen3.inference_params(twin.config, twin.params),
+        [Request(i, 0, prompt) for i, prompt in enumerate(prompts)],
+        Sampling(temperature=0.0, max_response=64, seed=0, end_id=-1),
+        slots=2,
+        capacity=80,
+        decode_steps=16,
+        prefill_batch=2,
+    )
+    found = {response.index: response.tokens for response in responses}
+    reference = transformers_model(twin.path)
+    settings = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)
+    reference.generation_config = settings
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt)[None].long()
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :]
+        assert len(expected) == 64
+        np.testing.assert_array_equal(found[i], expected.numpy())
+
+
+def test_bfloat16_is_no_worse_than_transformers(twin):
+    """Mean |Δ log-prob| against Transformers' float32, for our bfloat16 and for theirs."""
+    tokens, positions, segments = inputs(twin.config, 8, 65, seed=2)
+    ids = torch.tensor(np.asarray(tokens))
+    with torch.no_grad():
+        exact = logprobs_of(transformers_model(twin.path)(ids).logits, tokens)
+        half = logprobs_of(transformers_model(twin.path, torch.bfloat16)(ids).logits, tokens)
+    config = dataclasses.replace(twin.config, dtype="bfloat16")
+    hidden, ours = our_logprobs(config, twin.params, tokens, positions, segments)
+    assert hidden.dtype == jnp.bfloat16
+    assert 0 < np.abs(ours - exact).mean() <= np.abs(half - exact).mean()
+
+
+@pytest.fixture(scope="session", params=["tied", "moe"])
+def config(request):
+    return CONFIGS[request.param]
 
 
 def test_rejects_heads_that_do_not_group():
     with pytest.raises(UserError, match="num_attention_heads=5 is not a multiple"):
         dataclasses.replace(TIED, num_attention_heads=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_experts_per_tok=9), "num_experts_per_tok=9 must lie between 1 and num_experts=8"),
+        (dict(moe_intermediate_size=0), "needs moe_intermediate_size"),
+    ],
+)
+def test_rejects_experts_that_do_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MOE, **changes)
 
 
 def test_no_token_sees_a_later_one(config, params):
@@ -53,13 +154,14 @@ def test_no_token_sees_a_later_one(config, params):
     def at(embed_offset, t):
         # Adding to the embedding rows of distinct tokens is adding to distinct positions.
         moved = {**params, "embed": params["embed"] + embed_offset}
-        hidden, _ = qwen3.forward(config, moved, distinct, positions, segments)
+        hidden, _ = forward(config, moved, distinct, positions, segments)
         return hidden[0, t].sum()
 
     distinct = jnp.arange(9, dtype=jnp.int32)[None]
     del tokens
+    gradient_at = jax.jit(jax.grad(at))
     for t in (0, 3, 7):
-        gradient = jax.grad(at)(jnp.zeros_like(params["embed"]), t)
+        gradient = gradient_at(jnp.zeros_like(params["embed"]), t)
         reach = np.abs(np.asarray(gradient[:9])).max(axis=1)
         assert (reach[t + 1 :] == 0).all()
         assert (reach[: t + 1] > 0).all()
@@ -69,12 +171,12 @@ def test_decoding_with_a_cache_equals_the_plain_forward(config, params):
     """A ragged prefill followed by single steps, with garbage beyond each row's length."""
     batch, length, prefill = 3, 12, np.array([5, 1, 8])
     tokens, positions, segments = inputs(config, batch, length)
-    expected, _ = qwen3.forward(config, params, tokens, positions, segments)
+    expected, _ = forward(config, params, tokens, positions, segments)
     decode_params = qwen3.inference_params(config, params)
     cache = jax.tree.map(lambda x: x + 1e3, empty_cache(config, batch, length + 3))
     width = int(prefill.max())
     prefill_segments = (np.arange(width) < prefill[:, None]).astype(np.int32)
-    hidden, cache = qwen3.forward(
+    hidden, cache = forward(
         config, decode_params, tokens[:, :width], positions[:, :width], prefill_segments, cache
     )
     for row, n in enumerate(prefill):
@@ -84,7 +186,7 @@ def test_decoding_with_a_cache_equals_the_plain_forward(config, params):
     while (at < length).any():
         live = at < length
         column = np.minimum(at, length - 1)
-        hidden, cache = qwen3.forward(
+        hidden, cache = forward(
             config,
             decode_params,
             tokens[rows, column][:, None],
@@ -102,11 +204,11 @@ def test_packed_equals_alone(config, params):
     tokens, _, _ = inputs(config, 1, sum(lengths) + 2)
     positions = np.concatenate([np.arange(n) for n in (*lengths, 2)])[None]
     segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
-    packed, _ = qwen3.forward(config, params, tokens, positions, segments)
+    packed, _ = forward(config, params, tokens, positions, segments)
     start = 0
     for n in lengths:
         window = slice(start, start + n)
-        alone, _ = qwen3.forward(
+        alone, _ = forward(
             config, params, tokens[:, window], np.arange(n)[None], np.ones((1, n), int)
         )
         np.testing.assert_allclose(packed[:, window], alone, atol=2e-5)
@@ -117,18 +219,12 @@ def test_packed_equals_alone(config, params):
 def test_rematerialisation_changes_nothing(config, params):
     batch = inputs(config, 2, 8)
 
-    def loss(params, remat):
-        return jnp.square(qwen3.forward(config, params, *batch, remat=remat)[0]).sum()
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, remat):
+        return jnp.square(forward(config, params, *batch, remat=remat)[0]).sum()
 
-    plain, recomputed = (jax.grad(loss)(params, remat) for remat in (False, True))
+    plain, recomputed = (gradient(params, remat) for remat in (False, True))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed
     )
-
-
-def test_bfloat16_stays_near_float32(config, params):
-    batch = inputs(config, 2, 16)
-    exact, _ = qwen3.forward(config, params, *batch)
-    half, _ = qwen3.forward(dataclasses.replace(config, dtype="bfloat16"), params, *batch)
-    assert half.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(half, np.float32) - np.asarray(exact)).mean() < 0.02

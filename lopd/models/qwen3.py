@@ -1,11 +1,11 @@
-"""Qwen3 (dense): its configuration, parameters and forward pass.
+"""Qwen3, dense and mixture of experts: configuration, parameters and forward pass.
 
 Parameters are a plain nested dict whose `layers` are stacked on axis 0, so that training scans
 over them. The Linen modules only describe one layer: they are used through `init` and `apply`.
 Architecture: Qwen3 technical report (arXiv 2505.09388) and the published `config.json` files.
 
 Shape letters: B batch, T query length, S key length, D hidden, H query heads, K key/value heads,
-G = H / K, N head dim, F intermediate size, V vocabulary.
+G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lopd.errors import UserError
+from lopd.models import moe
 from lopd.models.attention import attend, causal_segment_mask
 from lopd.models.kv_cache import KVCache
 
@@ -27,7 +28,9 @@ Params = dict[str, Any]
 class Qwen3Config:
     """Shape and numerics of a Qwen3 model, with the field names of Hugging Face's `config.json`.
 
-    `dtype` is the compute type; parameters are held in float32 unless a caller casts them.
+    `num_experts` of 0 is a dense model; otherwise every layer is a mixture of experts, and
+    `intermediate_size` goes unused. `dtype` is the compute type; parameters are held in float32
+    unless a caller casts them.
     """
 
     vocab_size: int
@@ -42,6 +45,11 @@ class Qwen3Config:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
     initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -52,6 +60,13 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} must be even (rotary embedding)")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"model: num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise UserError("model: a mixture of experts needs moe_intermediate_size")
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -68,10 +83,10 @@ def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis, computed in float32."""
+    """Root-mean-square normalisation over the last axis, in float32 and rounded once."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def _scale(module: nn.Module, name: str, size: int, axis: str) -> jax.Array:
@@ -138,13 +153,36 @@ class MLP(nn.Module):
         return (nn.silu(gate) * up) @ _kernel(self, "down", (F, D), ("mlp", "embed"))
 
 
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
+class MoE(nn.Module):
+    """A router and E SwiGLU experts in place of the MLP; also returns the router's load."""
 
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT):
+    def __call__(self, x_BTD, counted_BT):
+        c = self.config
+        D, E, F = c.hidden_size, c.num_experts, c.moe_intermediate_size
+        x_ND = x_BTD.reshape(-1, D)
+        router = _kernel(self, "router", (D, E), ("embed", "expert"))
+        logits = jnp.einsum("nd,de->ne", x_ND, router, preferred_element_type=jnp.float32)
+        routing = moe.route(logits, c.num_experts_per_tok, c.norm_topk_prob)
+        out = moe.experts_mlp(
+            x_ND,
+            routing,
+            _kernel(self, "gate", (E, D, F), ("expert", "embed", "mlp")),
+            _kernel(self, "up", (E, D, F), ("expert", "embed", "mlp")),
+            _kernel(self, "down", (E, F, D), ("expert", "mlp", "embed")),
+        )
+        return out.reshape(x_BTD.shape), moe.router_load(routing, counted_BT.reshape(-1))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer; a mixture of experts also reports its router's load."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT, counted_BT):
         c = self.config
         with jax.named_scope("attention"):
             normed = _rms_norm(
@@ -158,7 +196,11 @@ class Block(nn.Module):
             normed = _rms_norm(
                 x_BTD, _scale(self, "post_attention_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
-            return x_BTD + MLP(c, name="mlp")(normed), layer_cache
+            if c.num_experts:
+                out, load = MoE(c, name="mlp")(normed, counted_BT)
+            else:
+                out, load = MLP(c, name="mlp")(normed), None
+            return x_BTD + out, layer_cache, load
 
 
 def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
@@ -171,6 +213,7 @@ def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
         jnp.ones((1, 1, 1), bool),
         None,
         None,
+        jnp.ones((1, 1), bool),
     )
     layers = jax.vmap(lambda k: Block(config).init(k, *inputs)["params"])(
         jax.random.split(layers_key, config.num_hidden_layers)
@@ -229,6 +272,27 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
     return convert(params)
 
 
+def _embed(config: Qwen3Config, params: Params, tokens: jax.Array) -> jax.Array:
+    with jax.named_scope("embed"):
+        return params["embed"].astype(config.compute_dtype)[tokens]
+
+
+def _scan_layers(config, params, tokens, positions, segment_ids, remat):
+    """Final hidden states of packed rows, and every layer's router load (None when dense)."""
+    rotary = rotary_tables(config, positions)
+    block = Block(config)
+    mask = causal_segment_mask(segment_ids)
+
+    def layer(x, layer_params):
+        variables = {"params": layer_params}
+        x, _, load = block.apply(variables, x, rotary, mask, None, None, segment_ids > 0)
+        return x, load
+
+    layer = jax.checkpoint(layer) if remat else layer
+    x, loads = jax.lax.scan(layer, _embed(config, params, tokens), params["layers"])
+    return _rms_norm(x, params["final_norm"], config.rms_norm_eps), loads
+
+
 def forward(
     config: Qwen3Config,
     params: Params,
@@ -255,28 +319,43 @@ def forward(
     Returns:
       Hidden states [B, T, D] in the compute type, and the updated cache (None without one).
     """
-    with jax.named_scope("embed"):
-        x = params["embed"].astype(config.compute_dtype)[tokens]
+    if kv_cache is None:
+        return _scan_layers(config, params, tokens, positions, segment_ids, remat)[0], None
+    x = _embed(config, params, tokens)
     rotary = rotary_tables(config, positions)
     block = Block(config)
-    if kv_cache is None:
-        mask = causal_segment_mask(segment_ids)
+    capacity = kv_cache.capacity
+    mask = jnp.arange(capacity) <= positions[..., None]
+    # Padding is written past the end, where the scatter drops it.
+    write = jnp.where(segment_ids > 0, positions, capacity)
+    layer_caches = []
+    for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
+        x, layer_cache, _ = block.apply(
+            {"params": layer_params}, x, rotary, mask, layer_cache, write, segment_ids > 0
+        )
+        layer_caches.append(layer_cache)
+    hidden = _rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    return hidden, KVCache(tuple(layer_caches))
 
-        def layer(x, layer_params):
-            return block.apply({"params": layer_params}, x, rotary, mask, None, None)[0], None
 
-        layer = jax.checkpoint(layer) if remat else layer
-        x, _ = jax.lax.scan(layer, x, params["layers"])
-    else:
-        capacity = kv_cache.capacity
-        mask = jnp.arange(capacity) <= positions[..., None]
-        # Padding is written past the end, where the scatter drops it.
-        write = jnp.where(segment_ids > 0, positions, capacity)
-        layer_caches = []
-        for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
-            x, layer_cache = block.apply(
-                {"params": layer_params}, x, rotary, mask, layer_cache, write
-            )
-            layer_caches.append(layer_cache)
-        kv_cache = KVCache(tuple(layer_caches))
-    return _rms_norm(x, params["final_norm"], config.rms_norm_eps), kv_cache
+def forward_with_router_loss(
+    config: Qwen3Config,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` without a cache, and the router's load-balancing loss over the same tokens.
+
+    Padding does not count. The loss is not scaled by `router_aux_loss_coef`; it is a product of
+    means, so it depends on which rows share a call, as Transformers' does.
+
+    Returns:
+      Hidden states [B, T, D], and `moe.load_balancing_loss` of all layers (0 when dense).
+    """
+    hidden, loads = _scan_layers(config, params, tokens, positions, segment_ids, remat)
+    if loads is None:
+        return hidden, jnp.zeros((), jnp.float32)
+    return hidden, moe.load_balancing_loss(loads)
