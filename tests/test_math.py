@@ -1,15 +1,20 @@
 """Mathematics: boxed answers, math-verify in its process, and what is made of the verdicts."""
 
 import itertools
+import json
 import math
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from lopd.errors import UserError
+from lopd.tasks import math as math_task
 from lopd.tasks import metrics
 from lopd.tasks.math import Grader, Verdict, boxed_answer, load_problems
 
@@ -109,13 +114,23 @@ def test_an_answer_that_hangs_is_killed_and_wrong():
         start = time.monotonic()
         assert grader.grade("204", rf"\boxed{{{HANGS}}}") == Verdict(False, HANGS)
         assert 3 <= time.monotonic() - start < 6 and grader.lost == 1
-        assert process.returncode == -9
+        assert process.returncode == -signal.SIGALRM
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
         assert grader.grade("204", r"\boxed{204.0}").correct  # a new process
         start = time.monotonic()
         assert not grader.grade("204", rf"\boxed{{{HANGS}}}").correct  # remembered
         assert time.monotonic() - start < 0.1 and grader.lost == 1
+
+
+def test_a_worker_without_parent_ends_too():
+    worker = pathlib.Path(math_task.__file__).with_name("math_worker.py")
+    process = subprocess.Popen(
+        [sys.executable, "-P", worker, "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    process.stdin.write(json.dumps({"gold": "1", "answer": HANGS}).encode() + b"\n")
+    process.stdin.close()
+    assert process.wait(timeout=30) == -signal.SIGALRM
 
 
 def test_a_process_that_dies_is_replaced(grader):

@@ -13,13 +13,11 @@ import pathlib
 import re
 import subprocess
 import sys
-import threading
 
 from lopd.data.sources import Columns, load_examples, math_prompt
 from lopd.errors import UserError
 
 _WORKER = pathlib.Path(__file__).with_name("math_worker.py")
-_START_SECONDS = 120.0
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
@@ -75,7 +73,7 @@ class Verdict:
 
 
 class Grader:
-    """math-verify in a process that is killed when an answer takes longer than the limit.
+    """math-verify in a process that ends when an answer takes longer than the limit.
 
     An answer that runs into the limit, or takes the process with it, is wrong, so a verdict may
     depend on the machine's speed; such answers are rare and counted in `lost`. Verdicts are
@@ -125,7 +123,7 @@ class Grader:
     def _verdict(self, gold: str, answer: str) -> Verdict:
         if self._process is None or self._process.poll() is not None:
             self._start()
-        reply = self._exchange({"gold": gold, "answer": answer}, self._seconds)
+        reply = self._exchange(json.dumps({"gold": gold, "answer": answer}) + "\n")
         if reply is None:
             self.lost += 1
             return Verdict(False, answer)
@@ -136,35 +134,23 @@ class Grader:
     def _start(self) -> None:
         # -P: the worker's own folder, with its math.py, must not come first on the path.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
+            [sys.executable, "-P", str(_WORKER), str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        if self._exchange(None, _START_SECONDS) is None:
+        if self._exchange("") is None:
             raise UserError(f"the grading process does not start: {sys.executable} {_WORKER}")
 
-    def _exchange(self, request: dict | None, seconds: float) -> dict | None:
-        """The next reply of the process; None, and no process, if none comes in time."""
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            self._process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        try:
-            line = ""
-            with contextlib.suppress(BrokenPipeError):
-                if request is not None:
-                    self._process.stdin.write(json.dumps(request) + "\n")
-                    self._process.stdin.flush()
-                line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-            timer.join()
-        if late.is_set() or not line.endswith("\n"):
-            self.close()
-        return json.loads(line) if line.endswith("\n") else None
+    def _exchange(self, request: str) -> dict | None:
+        """The reply of the process; None, and no process left, if it ended without one."""
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        self.close()
+        return None

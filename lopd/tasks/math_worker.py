@@ -3,20 +3,28 @@ r"""The process that runs math-verify: one JSON line in, one out. Imports nothin
 In:  {"gold": TEXT, "answer": TEXT}
 Out: {"correct": BOOL, "label": TEXT} or {"error": TEXT}; first of all {} when it is ready.
 
-Its own time limits are off (they are signals, which a long integer power never sees); `Grader`
-ends the process instead.
+    python -P math_worker.py SECONDS
+
+An answer that takes more than SECONDS ends the process. math-verify's own time limits are off:
+they are Python signal handlers, which run only after a long integer power has finished. Here the
+alarm has no handler, so the kernel ends the process, also when its parent is gone.
 """
 
 import json
 import logging
 import resource
+import signal
 import sys
 
 _MEMORY_BYTES = 4 << 30
+_START_SECONDS = 120
 
 
 def main() -> None:
     """Answers requests until the input ends."""
+    seconds = float(sys.argv[1])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_START_SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     logging.disable()
     out, sys.stdout = sys.stdout, sys.stderr
@@ -40,11 +48,13 @@ def main() -> None:
 
     reply: dict = {}
     while True:
+        signal.alarm(0)
         out.write(json.dumps(reply) + "\n")
         out.flush()
         line = sys.stdin.readline()
         if not line:
             return
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         reply = answer(json.loads(line))
 
 
