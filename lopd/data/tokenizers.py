@@ -15,6 +15,7 @@ import abc
 import functools
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -161,6 +162,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_ids = self._find_end_ids(folder / "generation_config.json")
 
     def _read(self):
+        # Without torch, which is not needed here, the import would advise to install it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Imported here: it takes seconds, and runs on a SentencePiece model do without it.
         from transformers import PreTrainedTokenizerFast
 
