@@ -23,19 +23,24 @@ setup(
         "huggingface_hub",
         "importlib_resources",  # imported by tensorflow-datasets, which does not declare it
         "jax",
+        "jinja2",  # chat templates, by way of transformers, which does not require it
         "ml-collections",
         "ml_dtypes",
         "numpy",
         "optax",
         "orbax-checkpoint",
+        "pyarrow",
+        "safetensors",
+        "scipy",
         "sentencepiece",
         "tensorflow-datasets",
         "tqdm",
+        "transformers",  # tokenizers and chat templates only; needs no torch for those
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
-        "test": ["pytest", "ruff", "safetensors", "torch==2.13.0", "transformers"],
+        "test": ["pytest", "math-verify", "ruff", "torch==2.13.0"],
     },
 )

@@ -1,0 +1,360 @@
+r"""Prompts, and answers or responses that come with them, from files and TFDS datasets.
+
+A source is one of
+
+    FILE.jsonl, FILE.parquet      or a glob of them, or a folder that holds them
+    a folder prepared by TFDS     (dataset_info.json and features.json)
+    tfds:NAME[/CONFIG][:VERSION]  a dataset prepared in TFDS's data directory
+
+and a row is one example. Known schemas are found by their columns (`SCHEMAS`); anything else needs
+a column map. Rows are read one by one: a source may be larger than memory, the examples kept from
+it may not.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import heapq
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lopd.data.tokenizers import Tokenizer
+from lopd.errors import UserError
+
+Messages = tuple[dict[str, str], ...]
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+_TURN_KEYS = (("role", "from"), ("content", "value"))
+_PARQUET_ROWS = 256
+_SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which column holds what; a dot reaches into a nested one, as in `reward_model.ground_truth`.
+
+    The prompt column holds a text, or a list of messages (`role`/`content` or `from`/`value`). Of
+    messages that end with the assistant's, that turn is the response.
+    """
+
+    prompt: str
+    answer: str = ""
+    response: str = ""
+
+
+SCHEMAS = (
+    Columns("messages", answer="answer"),
+    Columns("conversations"),  # OpenThoughts3-1.2M
+    Columns("instruction", response="output"),  # EpiCoder-func-380k
+    Columns("prompt", answer="reward_model.ground_truth", response="response"),  # DAPO-Math-17k
+    Columns("prompt", answer="label", response="response"),  # DAPO-Math-17k, as slime has it
+    Columns("prompt", answer="answer", response="response"),
+    Columns("problem", answer="answer"),  # AIME 2024, AIME 2025, HMMT 2025
+    Columns("Problem", answer="Answer"),
+    Columns("question", answer="answer"),
+)
+"""What is recognised without a column map: the first whose prompt and answer are there, or, if
+there is none, the first whose prompt is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt: the turns before the assistant's, and what the source knows beside them.
+
+    `example_id` (16 hex digits) depends on the prompt's text alone, up to white space and Unicode
+    composition: the same prompt has the same one in every file.
+    """
+
+    messages: Messages
+    answer: str | None
+    response: str | None
+    example_id: str
+
+
+def prompt_digest(messages: Messages) -> str:
+    """Identity of a prompt: 16 hex digits of its roles and normalised texts."""
+    turns = [
+        (m["role"], " ".join(unicodedata.normalize("NFC", m["content"]).split())) for m in messages
+    ]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
+def _jsonl_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: not a JSON object, but {type(row).__name__}")
+            yield where, row
+
+
+def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with path.open("rb") as file:
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file ({error})") from error
+        number = 0
+        for batch in parquet.iter_batches(_PARQUET_ROWS):
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+
+
+def _plain(value: Any) -> Any:
+    """A TFDS value as JSON would have it: text for bytes, lists for arrays and sequences."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        plain = {k: _plain(v) for k, v in value.items()}
+        # TFDS turns a sequence of messages into one message of sequences.
+        messages = set(plain) in ({"role", "content"}, {"from", "value"})
+        if messages and all(isinstance(v, list) for v in plain.values()):
+            first, second = plain
+            pairs = zip(plain[first], plain[second], strict=True)
+            return [{first: a, second: b} for a, b in pairs]
+        return plain
+    return value
+
+
+def _tfds_rows(source: str) -> Iterator[tuple[str, dict]]:
+    import tensorflow_datasets as tfds
+
+    try:
+        if source.startswith("tfds:"):
+            builder = tfds.builder(source.removeprefix("tfds:"), try_gcs=False)
+        else:
+            builder = tfds.builder_from_directory(source)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        raise UserError(f"{source}: TFDS finds no such dataset ({_first_line(error)})") from error
+    splits = sorted(builder.info.splits)
+    split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise UserError(
+            f"{source}: has the splits {splits or 'none'}, no 'train'; prepare it with TFDS first"
+        )
+    try:
+        rows = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{source}: not stored as ArrayRecord; prepare it with file_format='array_record'"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{source}, {split} row {number}", _plain(row)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _files(source: str) -> list[epath.Path]:
+    path = epath.Path(source)
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+    if glob.has_magic(source) and not path.exists():
+        return sorted(path.parent.glob(path.name))
+    return [path] if path.exists() else []
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a source with where each was found ("FILE, line 7"), files in order of name.
+
+    Raises:
+      UserError: if nothing is there, or a row cannot be read.
+    """
+    if source.startswith("tfds:") or (epath.Path(source) / "dataset_info.json").exists():
+        yield from _tfds_rows(source)
+        return
+    files = _files(source)
+    if not files:
+        raise UserError(
+            f"{source}: no such file, or a folder without {' or '.join(_SUFFIXES)} files"
+        )
+    for path in files:
+        if path.suffix not in _SUFFIXES:
+            raise UserError(f"{path}: not one of {', '.join(_SUFFIXES)}")
+        yield from (_jsonl_rows if path.suffix == ".jsonl" else _parquet_rows)(path)
+
+
+def _get(row: Any, column: str) -> Any:
+    """The value of a column, dots reaching into nested ones; None where there is none."""
+    for key in column.split("."):
+        row = row.get(key) if isinstance(row, Mapping) else None
+    return row
+
+
+def find_columns(row: Mapping, where: str) -> Columns:
+    """The schema that a row follows.
+
+    Raises:
+      UserError: naming the columns found, if it is none of `SCHEMAS`.
+    """
+    prompts = [s for s in SCHEMAS if _get(row, s.prompt) is not None]
+    answered = [s for s in prompts if s.answer and _get(row, s.answer) is not None]
+    if not prompts:
+        raise UserError(
+            f"{where}: unknown columns {sorted(row)}; say in a column map which holds the prompt"
+        )
+    return (answered or prompts)[0]
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    messages = []
+    for turn in value if isinstance(value, Sequence) else ():
+        role, content = (_get(turn, a if _get(turn, a) is not None else b) for a, b in _TURN_KEYS)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f"{where}: a message is not role and content, or from and value")
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    return tuple(messages)
+
+
+def _text(row: Mapping, column: str, where: str) -> str | None:
+    value = _get(row, column) if column else None
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise UserError(f"{where}: column {column} holds {type(value).__name__}, not text")
+
+
+def to_example(row: Mapping, columns: Columns, where: str) -> Example:
+    """The example in a row.
+
+    Raises:
+      UserError: if the prompt's column is missing or its last user turn is empty; `where` is named.
+    """
+    value = _get(row, columns.prompt)
+    if value is None:
+        raise UserError(f"{where}: no column {columns.prompt!r}; it has {sorted(row)}")
+    messages = _messages(value, where)
+    response = _text(row, columns.response, where)
+    if messages and messages[-1]["role"] == "assistant":
+        response = messages[-1]["content"]
+        messages = messages[:-1]
+    if not messages or not messages[-1]["content"].strip():
+        raise UserError(f"{where}: the prompt is empty")
+    answer = _text(row, columns.answer, where)
+    return Example(messages, answer, response, prompt_digest(messages))
+
+
+def read_examples(source: str, columns: Columns | None = None) -> Iterator[Example]:
+    """The examples of a source, in its order; the first row's schema holds for all.
+
+    Raises:
+      UserError: if the source or a row of it cannot be read or understood.
+    """
+    for where, row in read_rows(source):
+        columns = columns or find_columns(row, where)
+        yield to_example(row, columns, where)
+
+
+def deduplicate(examples: Iterable[Example]) -> Iterator[Example]:
+    """The first example of each prompt."""
+    seen = set()
+    for example in examples:
+        if example.example_id not in seen:
+            seen.add(example.example_id)
+            yield example
+
+
+def sample(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
+    """`count` examples drawn with a seed, in random order; fewer only if there are no more.
+
+    Every prompt's place is a hash of (seed, prompt), so the draw does not depend on the order of
+    the files, and the first n of a larger sample are the sample of n. Prompts must be distinct.
+    """
+
+    def place(example: Example) -> bytes:
+        return hashlib.sha256(f"{seed}/{example.example_id}".encode()).digest()
+
+    return heapq.nsmallest(count, examples, key=place)
+
+
+def load_examples(
+    source: str, *, count: int = 0, seed: int = 0, columns: Columns | None = None
+) -> list[Example]:
+    """The distinct prompts of a source, in its order; or `count` of them, drawn with a seed.
+
+    Raises:
+      UserError: if the source cannot be read, is empty, or has fewer prompts than asked for.
+    """
+    examples = deduplicate(read_examples(source, columns))
+    chosen = sample(examples, count, seed) if count else list(examples)
+    if not chosen:
+        raise UserError(f"{source}: holds no prompts")
+    if len(chosen) < count:
+        raise UserError(f"{source}: {count} prompts asked for, but it holds {len(chosen)} distinct")
+    return chosen
+
+
+def tokenize_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, thinking: bool, limit: int
+) -> list[list[int]]:
+    """The token ids of every prompt, by the checkpoint's chat template.
+
+    Raises:
+      UserError: if a prompt has more than `limit` tokens, naming the first.
+    """
+    prompts = [tokenizer.render(e.messages, thinking=thinking) for e in examples]
+    long = [i for i, ids in enumerate(prompts) if len(ids) > limit]
+    if long:
+        i = long[0]
+        raise UserError(
+            f"prompt {i} (id {examples[i].example_id}, "
+            f"{examples[i].messages[-1]['content'][:40]!r}…) has {len(prompts[i])} tokens, the "
+            f"limit is {limit}; {len(long)} of {len(prompts)} prompts are longer: "
+            "raise the limit, or drop them from the source"
+        )
+    return prompts
+
+
+_DAPO_WRAPPER = re.compile(
+    r"Solve the following math problem step by step\. [^\n]*\n\n(.*)\n\n"
+    r'Remember to put your answer on its own line after "Answer:"\.\s*',
+    re.DOTALL,
+)
+
+
+def math_prompt(problem: str) -> str:
+    r"""The paper's prompt for a math problem (arXiv 2604.13010).
+
+    The instructions that DAPO-Math-17k wraps around its problems ask for another form of answer
+    and are taken off first.
+    """
+    wrapped = _DAPO_WRAPPER.fullmatch(problem)
+    problem = (wrapped.group(1) if wrapped else problem).strip()
+    return (
+        f"Question: {problem} Please reason step by step, and put your final answer within "
+        r"\boxed{}."
+    )
+
+
+def rewrite_prompts(
+    examples: Iterable[Example], rewrite: Callable[[str], str]
+) -> Iterator[Example]:
+    """The examples with the text of their last turn rewritten, by `math_prompt` for one."""
+    for example in examples:
+        last = example.messages[-1]
+        messages = (*example.messages[:-1], {**last, "content": rewrite(last["content"])})
+        yield dataclasses.replace(example, messages=messages, example_id=prompt_digest(messages))
