@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lopd.artefact import Artefact, open_complete
 from lopd.config import qwen3_config
-from lopd.data.tokenizers import SentencePieceTokenizer, load_tokenizer
+from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models.qwen3 import Params, Qwen3Config
@@ -31,7 +31,7 @@ class Context:
     mesh: Mesh
 
     @functools.cached_property
-    def tokenizer(self) -> SentencePieceTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
         return load_tokenizer(self.config.tokenizer)
 

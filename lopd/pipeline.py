@@ -11,6 +11,7 @@ from lopd import config as lopd_config
 from lopd import parallel
 from lopd.artefact import Artefact, open_complete
 from lopd.context import Context
+from lopd.data.tokenizers import check_vocabulary
 from lopd.errors import UserError
 from lopd.stages import control, export, opd, precompute, sft, sft_data, teacher
 from lopd.stages import eval as evaluation
@@ -56,11 +57,7 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
     for which in ("teacher", "student"):
         model = ctx.model(which)
         parallel.check_divisible(model, ctx.mesh, f"{which}.model")
-        if model.vocab_size < ctx.tokenizer.vocab_size:
-            raise UserError(
-                f"{which}.model.vocab_size={model.vocab_size} is less than the tokenizer's "
-                f"{ctx.tokenizer.vocab_size} pieces"
-            )
+        check_vocabulary(ctx.tokenizer, model.vocab_size, f"the embedding of {which}.model")
     rows, split = ctx.config.runtime.rows_per_micro, ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
     if rows % split:
         raise UserError(

@@ -95,7 +95,7 @@ def test_greedy_generation_equals_transformers(twin):
         twin.config,
         qwen3.inference_params(twin.config, twin.params),
         [Request(i, 0, prompt) for i, prompt in enumerate(prompts)],
-        Sampling(temperature=0.0, max_response=64, seed=0, end_id=-1),
+        Sampling(temperature=0.0, max_response=64, seed=0, end_ids=(-1,)),
         slots=2,
         capacity=80,
         decode_steps=16,

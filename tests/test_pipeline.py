@@ -161,7 +161,7 @@ def test_unknown_setting_names_the_nearest(tmp_path):
         ({"row_length": 50}, ["row_length=50", "raise it to 51"]),
         ({"row_length": 100_000}, ["row_length=100000", "max_position_embeddings"]),
         ({"prompt_length": 4}, ["prompt_length=4"]),
-        ({"student.model.vocab_size": 12}, ["student.model.vocab_size=12", "21"]),
+        ({"student.model.vocab_size": 12}, ["embedding of student.model has 12 rows", "20"]),
         ({"mesh.tensor": 3}, ["tensor=3", "1 devices"]),
         ({"teacher.checkpoint": "/nowhere"}, ["/nowhere", "manifest.json"]),
         ({"tokenizer": "/nowhere.model"}, ["/nowhere.model", "no such file"]),

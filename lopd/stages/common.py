@@ -104,7 +104,7 @@ def sampler(
         temperature=temperature,
         max_response=ctx.config.response_length,
         seed=ctx.seed(purpose),
-        end_ids=(ctx.tokenizer.end_id,),
+        end_ids=ctx.tokenizer.end_ids,
     )
 
     def sample(wanted: Sequence[Request]) -> Iterator[Response]:

@@ -19,5 +19,6 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     """Writes safetensors, config.json, generation_config.json and the tokenizer."""
     params = ctx.load_params("opd", "student")
     hf.save_checkpoint(artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id)
-    (artefact.path / "tokenizer.model").write_bytes(ctx.tokenizer.serialized)
+    for name, content in ctx.tokenizer.files.items():
+        (artefact.path / name).write_bytes(content)
     return {}
