@@ -13,8 +13,7 @@ def get_config():
     config.tokenizer = "tiny"
     config.task.digits = 3
     config.prompt_length = 12
-    config.response_length = 40
-    config.row_length = 128
+    row_length, response_length = 128, 40
 
     config.teacher.model = lopd_config.model_section(
         vocab_size=21,
@@ -36,6 +35,7 @@ def get_config():
             schedule="cosine",
             warmup_steps=40,
             reduction="token_mean",
+            row_length=row_length,
         )
     )
     config.student.model = lopd_config.model_section(
@@ -49,7 +49,7 @@ def get_config():
         initializer_range=0.04,
     )
 
-    config.sft_data.update(prompts=310, temperature=0.5)
+    config.sft_data.update(prompts=310, temperature=0.5, response_length=response_length)
     config.sft.update(
         lopd_config.training_recipe(
             steps=400,
@@ -59,23 +59,31 @@ def get_config():
             warmup_steps=30,
             weight_decay=1.0,
             reduction="token_mean",
+            row_length=row_length,
         )
     )
-    config.precompute.update(prompts=12_000, temperature=0.7)
+    config.precompute.update(
+        prompts=12_000, temperature=0.7, response_length=response_length, row_length=row_length
+    )
     # The paper trains at 2e-6 with τ = 10; a model 100,000 times smaller takes larger steps, and
     # a smaller τ keeps rare errors from outweighing everything else (README).
     config.opd.tau = 1.0
     config.opd.update(
         lopd_config.training_recipe(
-            steps=160, batch_size=128, learning_rate=1e-3, warmup_steps=20, reduction="sample_mean"
+            steps=160, batch_size=128, learning_rate=1e-3, warmup_steps=20, row_length=row_length
         )
     )
     config.control.update(
         lopd_config.training_recipe(
-            steps=160, batch_size=128, learning_rate=1e-3, warmup_steps=20, reduction="token_mean"
+            steps=160,
+            batch_size=128,
+            learning_rate=1e-3,
+            warmup_steps=20,
+            reduction="token_mean",
+            row_length=row_length,
         )
     )
-    config.eval.update(prompts=1000, temperature=0.6)
+    config.eval.update(prompts=1000, temperature=0.6, top_p=1.0, response_length=response_length)
     config.runtime.update(
         rows_per_micro=8, slots=256, decode_steps=8, prefill_batch=128, records_per_shard=4000
     )

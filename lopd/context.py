@@ -9,13 +9,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lopd.artefact import Artefact, open_complete
-from lopd.config import qwen3_config
+from lopd.artefact import MANIFEST, Artefact, open_complete
 from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
+from lopd.models import hf
 from lopd.models.qwen3 import Params, Qwen3Config
-from lopd.tasks.addition import Addition
+from lopd.tasks import Task, make_task
 from lopd.training import checkpoints
 
 PARAMS = "params"
@@ -32,31 +32,62 @@ class Context:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
-        return load_tokenizer(self.config.tokenizer)
+        """The run's tokenizer: the one named, or that of the student's checkpoint."""
+        name = self.config.tokenizer or self.config.student.checkpoint or self.external("sft")
+        if not name:
+            raise UserError("tokenizer is not set, and no student.checkpoint to take it of")
+        return load_tokenizer(name if self.config.tokenizer else hf.resolve_checkpoint(name))
 
     @functools.cached_property
-    def task(self) -> Addition:
+    def task(self) -> Task:
         """The run's verifiable task."""
-        return Addition(self.config.task.digits)
+        return make_task(self.config.task)
 
     def model(self, which: str) -> Qwen3Config:
-        """The shape of the "teacher" or the "student"."""
-        return qwen3_config(self.config, which)
+        """The shape of the "teacher" or the "student": as set, or as its checkpoint says.
+
+        Raises:
+          UserError: naming a missing or unknown field, or what is not set.
+        """
+        section, stage = self.config[which], "teacher" if which == "teacher" else "sft"
+        checkpoint = self.config.student.checkpoint if which == "student" else ""
+        checkpoint = checkpoint or self.external(stage)
+        if section.model:
+            try:
+                model = Qwen3Config(**section.model)
+            except TypeError as error:
+                raise UserError(f"{which}.model: {error}") from error
+        elif checkpoint:
+            model = hf.checkpoint_config(hf.resolve_checkpoint(checkpoint))
+        elif self.given(stage):
+            model = Qwen3Config(**self.input(stage).outputs["model"])
+        else:
+            raise UserError(f"neither {which}.checkpoint nor {which}.model is set: which {which}?")
+        return dataclasses.replace(model, dtype=self.config.dtype) if self.config.dtype else model
 
     def seed(self, purpose: str) -> int:
         """A 32-bit seed for one purpose, from the run's seed: streams never coincide."""
         entropy = [self.config.seed, zlib.crc32(purpose.encode())]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    def given(self, stage: str) -> str:
-        """The path of an artefact to use instead of running `stage`, or the empty string."""
+    def _instead(self, stage: str) -> str:
+        """What the settings name instead of running `stage`; the empty string for nothing."""
         paths = {
             "teacher": self.config.teacher.checkpoint,
             "sft": self.config.sft.checkpoint,
             "precompute": self.config.opd.cache,
         }
         return paths.get(stage, "")
+
+    def given(self, stage: str) -> str:
+        """The finished artefact to use instead of running `stage`, or the empty string."""
+        path = self._instead(stage)
+        is_artefact = path and (stage == "precompute" or (epath.Path(path) / MANIFEST).exists())
+        return path if is_artefact else ""
+
+    def external(self, stage: str) -> str:
+        """The Hugging Face checkpoint to use as the result of `stage`, or the empty string."""
+        return "" if self.given(stage) else self._instead(stage)
 
     def exists(self, stage: str) -> bool:
         """Whether the artefact of `stage` can be read: given, or finished in this run."""
@@ -84,11 +115,18 @@ class Context:
                 f"{artefact.path} holds a model of shape {artefact.outputs['model']}, the "
                 f"settings say {which}.model={dataclasses.asdict(model)}"
             )
-        params = checkpoints.load_params(artefact.path / PARAMS, model, self.mesh)
+        source = artefact.outputs.get("source")
+        if source:
+            # A teacher is frozen: its weights stay in the type that it computes with.
+            dtype = model.dtype if which == "teacher" else "float32"
+            params = hf.load_checkpoint(epath.Path(source), self.mesh, param_dtype=dtype)[1]
+        else:
+            source = artefact.path / PARAMS
+            params = checkpoints.load_params(source, model, self.mesh)
         found, expected = params_fingerprint(params), artefact.outputs["fingerprint"]
         if found != expected:
             raise UserError(
-                f"{artefact.path / PARAMS} has fingerprint {found}, its manifest says "
-                f"{expected}: the weights are damaged; delete {artefact.path} and train again"
+                f"{source} has fingerprint {found}, the manifest of {artefact.path} says "
+                f"{expected}: the weights have changed; delete {artefact.path} and run it again"
             )
         return params

@@ -11,9 +11,10 @@ from lopd import config as lopd_config
 from lopd import parallel
 from lopd.artefact import Artefact, open_complete
 from lopd.context import Context
-from lopd.data.tokenizers import check_vocabulary
+from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
-from lopd.stages import control, export, opd, precompute, sft, sft_data, teacher
+from lopd.models import hf
+from lopd.stages import adopt, control, export, opd, precompute, sft, sft_data, teacher
 from lopd.stages import eval as evaluation
 
 STAGES = {
@@ -28,6 +29,8 @@ STAGES = {
 }
 
 
+# Whose position limit a stage's responses must keep within.
+_SAMPLED = {"teacher": {"sft_data", "precompute"}, "student": {"precompute"}}
 _READ_PROMPTS = (sft_data, precompute, evaluation)
 _NEEDS = {
     "teacher": (),
@@ -51,11 +54,24 @@ def _check_writable(workdir: epath.Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
+def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
+    return bool(ctx.external("teacher")) or bool({"teacher", "sft_data", "precompute"} & {*stages})
+
+
 def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
     """Everything that can be refused without the outputs of stages still to run."""
     lopd_config.validate(ctx.config, stages)
     for which in ("teacher", "student"):
+        if which == "teacher" and not _uses_teacher(ctx, stages):
+            continue
         model = ctx.model(which)
+        for name in _SAMPLED[which] & {*stages}:
+            longest = ctx.config.prompt_length + ctx.config[name].response_length
+            if longest > model.max_position_embeddings:
+                raise UserError(
+                    f"prompt_length + {name}.response_length = {longest} is more than the "
+                    f"{which}'s max_position_embeddings={model.max_position_embeddings}"
+                )
         parallel.check_divisible(model, ctx.mesh, f"{which}.model")
         check_vocabulary(ctx.tokenizer, model.vocab_size, f"the embedding of {which}.model")
     rows, split = ctx.config.runtime.rows_per_micro, ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
@@ -64,18 +80,35 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
             f"runtime.rows_per_micro={rows} must be a multiple of data × fsdp = {split}"
         )
     for name, stage in STAGES.items():
+        artefact = Artefact(ctx.workdir / name)
         if ctx.given(name):
             open_complete(ctx.given(name), f"the {name} artefact given in the settings")
+        elif ctx.external(name):
+            artefact.check("settings", adopt.settings(ctx, name))
         elif name in stages:
-            artefact = Artefact(ctx.workdir / name)
             artefact.check("settings", stage.settings(ctx))
             if stage in _READ_PROMPTS and not artefact.complete:
                 stage.prompts(ctx)
     # A stage reads artefacts that are given, already there, or about to be made.
     for name in stages:
-        for needed in _NEEDS[name]:
-            if not ctx.given(needed) and needed not in stages:
+        for needed in () if ctx.given(name) or ctx.external(name) else _NEEDS[name]:
+            if not ctx.given(needed) and not ctx.external(needed) and needed not in stages:
                 ctx.input(needed)
+    _check_checkpoints(ctx, stages)
+
+
+def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
+    """What Hugging Face checkpoints must agree on before any is used."""
+    if ctx.external("teacher"):
+        teacher = hf.resolve_checkpoint(ctx.external("teacher"))
+        check_same_vocabulary(
+            load_tokenizer(teacher), ctx.tokenizer, f"the tokenizers of {teacher} and the student"
+        )
+    if ctx.external("sft") and "precompute" in stages and not ctx.config.sft.teacher:
+        raise UserError(
+            f"sft.checkpoint={ctx.external('sft')} was fine-tuned elsewhere: say in sft.teacher "
+            "who wrote its data (the method needs the teacher that scores to be the same)"
+        )
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...] = ()) -> None:
@@ -85,11 +118,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...]
       UserError: for bad settings, before any work; or for an artefact made with other ones.
     """
     stages = tuple(stages) or tuple(config.stages)
-    lopd_config.validate(config, stages)
     ctx = Context(config, epath.Path(workdir), parallel.make_mesh(config.mesh.to_dict()))
     _check_before_work(ctx, stages)
     _check_writable(ctx.workdir)
-    ordered = [name for name in STAGES if name in stages]
+    ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     for number, name in enumerate(ordered, start=1):
         title = f"[{number}/{len(ordered)}] {name}"
         if ctx.given(name):
@@ -100,8 +132,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...]
 
 
 def _run_stage(ctx: Context, name: str, title: str) -> None:
-    stage, artefact = STAGES[name], Artefact(ctx.workdir / name)
-    settings, inputs = stage.settings(ctx), stage.inputs(ctx)
+    stage, arguments = (adopt, (name,)) if ctx.external(name) else (STAGES[name], ())
+    artefact = Artefact(ctx.workdir / name)
+    settings, inputs = stage.settings(ctx, *arguments), stage.inputs(ctx, *arguments)
     artefact.check("settings", settings)
     artefact.check("inputs", inputs)
     if artefact.complete:
@@ -111,7 +144,7 @@ def _run_stage(ctx: Context, name: str, title: str) -> None:
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
     before = artefact.manifest["seconds"]
-    outputs = stage.run(ctx, artefact)
+    outputs = stage.run(ctx, artefact, *arguments)
     artefact.manifest["seconds"] = before + time.perf_counter() - start
     artefact.finish(outputs)
 

@@ -28,10 +28,10 @@ def test_problem_and_grader():
     problem = next(task.problems("sft", 1, seed=0))
     left, right = problem.prompt.removeprefix("What is ").removesuffix("?\n").split("+")
     assert int(left) + int(right) == int(problem.answer)
-    assert task.grade(problem, problem.solution)
-    assert not task.grade(problem, problem.solution.replace(f"so {problem.answer}", "so 7"))
-    assert not task.grade(problem, problem.solution + " so 7.")
-    assert not task.grade(problem, "")
+    assert task.grade(problem, problem.solution).correct
+    assert not task.grade(problem, problem.solution.replace(f"so {problem.answer}", "so 7")).correct
+    assert not task.grade(problem, problem.solution + " so 7.").correct
+    assert not task.grade(problem, "").correct
     # 357 + 846, worked by hand.
     known = task.problem((357 - 100) * 900 + 846 - 100)
     assert known.solution == "7+6=13, 5+4+1=10, 3+8+1=12, so 1203."

@@ -336,6 +336,18 @@ def _all_equal(param, tensor):
     return jnp.all(param == tensor.astype(param.dtype))
 
 
+def checkpoint_config(path: epath.Path) -> Qwen3Config:
+    """The shape that a checkpoint's `config.json` states.
+
+    Raises:
+      UserError: if it is missing, or is refused by `config_from_hf`.
+    """
+    try:
+        return config_from_hf(_read_json(path / "config.json"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def load_checkpoint(
     path: epath.Path, mesh: Mesh, *, param_dtype: str = "float32"
 ) -> tuple[Qwen3Config, Params]:
@@ -354,10 +366,7 @@ def load_checkpoint(
         the mesh, or if a tensor is missing, unknown, there twice, misshapen or cut short.
     """
     path = epath.Path(path)
-    try:
-        config = config_from_hf(_read_json(path / "config.json"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    config = checkpoint_config(path)
     parallel.check_divisible(config, mesh, str(path))
     places, stored = _places(config), _stored_tensors(path)
     # Some files of tied models repeat the embedding as the head.

@@ -13,12 +13,12 @@ from lopd.cache import writer
 from lopd.context import PARAMS, Context
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
-from lopd.models import qwen3
+from lopd.models import hf, qwen3
 from lopd.objectives import Objective
 from lopd.parallel import check_divisible, param_shardings
 from lopd.progress import bar
 from lopd.sampling.engine import Request, Response, Sampling, generate
-from lopd.tasks.addition import Problem
+from lopd.tasks import Problem
 from lopd.training import checkpoints
 from lopd.training.loop import train
 
@@ -29,7 +29,7 @@ def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
     Paths of given artefacts are left out: what they hold is compared by fingerprint.
     """
     config = ctx.config.to_dict()
-    own = {k: v for k, v in config[section].items() if k not in ("checkpoint", "cache")}
+    own = {k: v for k, v in config[section].items() if k not in ("checkpoint", "cache", "teacher")}
     return {
         "seed": config["seed"],
         "tokenizer": ctx.tokenizer.fingerprint,
@@ -38,9 +38,16 @@ def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
     }
 
 
+def model_settings(ctx: Context, which: str) -> dict:
+    """The shape of a model, as part of a stage's settings."""
+    return {f"{which}_model": dataclasses.asdict(ctx.model(which))}
+
+
 def base_params(ctx: Context, which: str) -> qwen3.Params:
-    """The untrained weights that a model starts from, made in their sharding."""
+    """The weights that training starts from, in their sharding: a base checkpoint's, or random."""
     model = ctx.model(which)
+    if which == "student" and ctx.config.student.checkpoint:
+        return hf.load_checkpoint(hf.resolve_checkpoint(ctx.config.student.checkpoint), ctx.mesh)[1]
     check_divisible(model, ctx.mesh, f"{which}.model")
     init = jax.jit(
         lambda key: qwen3.init_params(model, key), out_shardings=param_shardings(model, ctx.mesh)
@@ -84,7 +91,7 @@ def make_requests(
     """
     problems, requests = list(problems), []
     for problem in problems:
-        prompt = ctx.tokenizer.encode(problem.prompt)
+        prompt = ctx.task.encode(problem, ctx.tokenizer)
         if len(prompt) > ctx.config.prompt_length:
             raise UserError(
                 f"prompt {problem.problem_id} has {len(prompt)} tokens, more than "
@@ -95,14 +102,23 @@ def make_requests(
 
 
 def sampler(
-    ctx: Context, which: str, params: qwen3.Params, temperature: float, purpose: str
+    ctx: Context,
+    which: str,
+    params: qwen3.Params,
+    section: ml_collections.ConfigDict,
+    purpose: str,
+    temperature: float | None = None,
 ) -> Callable[[Sequence[Request]], Iterator[Response]]:
-    """A function from requests to responses (in order of finishing) for one model."""
+    """A function from requests to responses (in order of finishing) for one model.
+
+    `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its.
+    """
     model, runtime = ctx.model(which), ctx.config.runtime
     decode_params = qwen3.inference_params(model, params)
     sampling = Sampling(
-        temperature=temperature,
-        max_response=ctx.config.response_length,
+        temperature=section.temperature if temperature is None else temperature,
+        top_p=section.top_p,
+        max_response=section.response_length,
         seed=ctx.seed(purpose),
         end_ids=ctx.tokenizer.end_ids,
     )
@@ -114,7 +130,7 @@ def sampler(
             wanted,
             sampling,
             slots=runtime.slots,
-            capacity=ctx.config.prompt_length + ctx.config.response_length,
+            capacity=ctx.config.prompt_length + section.response_length,
             decode_steps=runtime.decode_steps,
             prefill_batch=runtime.prefill_batch,
         )

@@ -7,7 +7,7 @@ from lopd.stages import common, sft
 
 def settings(ctx: Context) -> dict:
     """What the control depends on."""
-    return common.stage_settings(ctx, "control", "student", "row_length")
+    return common.stage_settings(ctx, "control") | common.model_settings(ctx, "student")
 
 
 def inputs(ctx: Context) -> dict:

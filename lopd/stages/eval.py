@@ -1,7 +1,8 @@
 """`eval`: greedy and sampled accuracy of every model of the run, with 95 % intervals."""
 
 import json
-import math
+
+import numpy as np
 
 from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
@@ -9,7 +10,7 @@ from lopd.models.qwen3 import Params
 from lopd.progress import bar
 from lopd.sampling.engine import Request
 from lopd.stages import common
-from lopd.tasks.addition import Problem
+from lopd.tasks import Problem, metrics
 
 MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",
           "opd": "student"}  # fmt: skip
@@ -18,31 +19,23 @@ MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": 
 
 def settings(ctx: Context) -> dict:
     """What the figures depend on."""
-    return common.stage_settings(ctx, "eval", "task", "student", "prompt_length", "response_length")
+    settings = common.stage_settings(ctx, "eval", "task", "prompt_length", "dtype")
+    return settings | common.model_settings(ctx, "student")
 
 
 def inputs(ctx: Context) -> dict:
-    """The models that are there. The base student needs none: seed and shape determine it."""
-    return {
-        name: "initial" if name == "base" else ctx.input(name).outputs["fingerprint"]
-        for name in MODELS
-        if name == "base" or ctx.exists(name)
-    }
+    """The models that are there. A base student is known by its checkpoint, or seed and shape."""
+    found = {name: ctx.input(name).outputs["fingerprint"] for name in MODELS if ctx.exists(name)}
+    if ctx.config.student.checkpoint or not ctx.external("sft"):
+        found["base"] = ctx.config.student.checkpoint or "random weights"
+    return {name: found[name] for name in MODELS if name in found}
 
 
 def prompts(ctx: Context) -> tuple[list[Problem], list[Request]]:
-    """The problems of the evaluation split, one request each."""
+    """The problems of the evaluation split, and a request for each sample of each."""
     recipe = ctx.config.eval
     problems = ctx.task.problems(recipe.split, recipe.prompts, ctx.seed("eval problems"))
-    return common.make_requests(ctx, problems)
-
-
-def wilson_interval(successes: int, count: int) -> list[float]:
-    """The 95 % Wilson score interval of a proportion of independent trials."""
-    z = 1.959964
-    center = (successes + z**2 / 2) / (count + z**2)
-    spread = z / (count + z**2) * math.sqrt(successes * (count - successes) / count + z**2 / 4)
-    return [max(0.0, center - spread), min(1.0, center + spread)]
+    return common.make_requests(ctx, problems, recipe.samples)
 
 
 def _params(ctx: Context, name: str) -> Params:
@@ -55,44 +48,54 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
     problems, wanted = prompts(ctx)
     params = _params(ctx, name)
-    modes = {"greedy": 0.0, "sampled": ctx.config.eval.temperature}
-    tasks, lines = {}, []
-    progress = bar(total=len(modes) * len(wanted), label=f"eval {name}", unit="responses")
-    for mode, temperature in modes.items():
-        correct, tokens, finished = 0, 0, 0
-        sample = common.sampler(ctx, MODELS[name], params, temperature, "eval sampling")
-        for response in sample(wanted):
-            progress.update()
-            problem = problems[response.index]
+    greedy = [r for r in wanted if r.sample_id == 0]
+    modes = {"greedy": (0.0, greedy), "sampled": (ctx.config.eval.temperature, wanted)}
+    progress = bar(total=len(greedy) + len(wanted), label=f"eval {name}", unit="responses")
+    results, lines = {}, []
+    for mode, (temperature, requests) in modes.items():
+        sample = common.sampler(
+            ctx, MODELS[name], params, ctx.config.eval, "eval sampling", temperature
+        )
+        shape = (len(problems), len(requests) // len(problems))
+        correct, labels = np.zeros(shape, bool), np.full(shape, None, object)
+        tokens, finished = 0, 0
+        for response in sample(requests):
+            place = divmod(response.index, shape[1])
+            problem = problems[place[0]]
             text = ctx.tokenizer.decode(response.tokens)
-            right = response.finished and ctx.task.grade(problem, text)
-            correct += right
+            if response.finished:
+                verdict = ctx.task.grade(problem, text)
+                correct[place], labels[place] = verdict.correct, verdict.label
             tokens += len(response.tokens)
             finished += response.finished
             lines.append(
                 {
                     "mode": mode,
-                    "prompt_id": problem.problem_id,
+                    "problem": place[0],
+                    "sample": place[1],
                     "prompt": problem.prompt,
                     "response": text,
                     "answer": problem.answer,
-                    "correct": right,
+                    "correct": bool(correct[place]),
                     "finished": response.finished,
                 }
             )
-        tasks[f"{ctx.task.name}/{mode}"] = {
-            "accuracy": correct / len(wanted),
-            "n": len(wanted),
-            "ci95": wilson_interval(correct, len(wanted)),
+            progress.update()
+        per_problem = metrics.average(correct)
+        results[f"{ctx.task.name}/{mode}"] = {
+            "accuracy": float(per_problem.mean()),
+            "n": correct.size,
+            "ci95": list(metrics.clustered_interval(per_problem)),
             "temperature": temperature,
-            "mean_response_tokens": tokens / len(wanted),
-            "finished": finished / len(wanted),
+            "mean_response_tokens": tokens / correct.size,
+            "finished": finished / correct.size,
+            **(metrics.summarize(correct, labels.tolist()) if shape[1] > 1 else {}),
         }
     progress.close()
-    lines.sort(key=lambda line: (line["mode"], line["prompt_id"]))
+    lines.sort(key=lambda line: (line["mode"], line["problem"], line["sample"]))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(artefact.path / f"responses_{name}.jsonl", text)
-    return tasks
+    return results
 
 
 def run(ctx: Context, artefact: Artefact) -> dict:

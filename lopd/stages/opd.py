@@ -11,7 +11,7 @@ from lopd.stages import common
 
 def settings(ctx: Context) -> dict:
     """What the trained student depends on."""
-    return common.stage_settings(ctx, "opd", "student", "row_length")
+    return common.stage_settings(ctx, "opd") | common.model_settings(ctx, "student")
 
 
 def inputs(ctx: Context) -> dict:
@@ -42,7 +42,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         Records(ctx.input("precompute")),
         seed=ctx.seed("opd order"),
         batch_size=recipe.batch_size,
-        row_length=ctx.config.row_length,
+        row_length=recipe.row_length,
         rows_per_micro=ctx.config.runtime.rows_per_micro,
         reduction=recipe.reduction,
         token_fields=("teacher_logprobs", "ref_logprobs"),

@@ -13,9 +13,7 @@ from lopd.stages import common
 
 def settings(ctx: Context) -> dict:
     """What the cache depends on."""
-    return common.stage_settings(
-        ctx, "precompute", "task", "prompt_length", "response_length", "row_length"
-    )
+    return common.stage_settings(ctx, "precompute", "task", "prompt_length", "dtype")
 
 
 def inputs(ctx: Context) -> dict:
@@ -50,7 +48,6 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     The outputs report how far the sampler's log-probabilities (decoding with a cache) are from
     the scorer's (the training forward) on the same tokens and weights.
     """
-    temperature = ctx.config.precompute.temperature
     identities = inputs(ctx)
     ref_params = ctx.load_params("sft", "student")
     teacher_params = ctx.load_params("teacher", "teacher")
@@ -61,7 +58,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
             params,
             records,
             mesh=ctx.mesh,
-            row_length=ctx.config.row_length,
+            row_length=ctx.config.precompute.row_length,
             rows_per_micro=ctx.config.runtime.rows_per_micro,
         )
 
@@ -85,7 +82,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         artefact,
         SCORED_FIELDS,
         prompts(ctx),
-        common.sampler(ctx, "student", ref_params, temperature, "precompute sampling"),
+        common.sampler(ctx, "student", ref_params, ctx.config.precompute, "precompute sampling"),
         to_records,
     )
     return {

@@ -17,7 +17,7 @@ from lopd.stages import common
 
 def settings(ctx: Context) -> dict:
     """What π_ref depends on."""
-    return common.stage_settings(ctx, "sft", "student", "row_length")
+    return common.stage_settings(ctx, "sft") | common.model_settings(ctx, "student")
 
 
 def inputs(ctx: Context) -> dict:
@@ -35,7 +35,7 @@ def fine_tune(
         Records(data),
         seed=ctx.seed(f"{artefact.path.name} order"),
         batch_size=recipe.batch_size,
-        row_length=ctx.config.row_length,
+        row_length=recipe.row_length,
         rows_per_micro=ctx.config.runtime.rows_per_micro,
         reduction=recipe.reduction,
     )

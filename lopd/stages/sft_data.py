@@ -9,7 +9,7 @@ from lopd.stages import common
 
 def settings(ctx: Context) -> dict:
     """What the data depends on."""
-    return common.stage_settings(ctx, "sft_data", "task", "prompt_length", "response_length")
+    return common.stage_settings(ctx, "sft_data", "task", "prompt_length", "dtype")
 
 
 def inputs(ctx: Context) -> dict:
@@ -26,14 +26,13 @@ def prompts(ctx: Context) -> list[Request]:
 
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and stores; `teacher` in the outputs says who wrote the data."""
-    temperature = ctx.config.sft_data.temperature
     params = ctx.load_params("teacher", "teacher")
     totals = common.write_responses(
         ctx,
         artefact,
         RESPONSE_FIELDS,
         prompts(ctx),
-        common.sampler(ctx, "teacher", params, temperature, "sft_data sampling"),
+        common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling"),
         lambda responses: [common.response_record(r) for r in responses],
     )
     return {**totals, "teacher": inputs(ctx)["teacher"]}

@@ -33,7 +33,7 @@ class WorkedAnswers:
 
 def settings(ctx: Context) -> dict:
     """What the trained teacher depends on."""
-    return stage_settings(ctx, "teacher", "task", "row_length")
+    return stage_settings(ctx, "teacher", "task")
 
 
 def inputs(ctx: Context) -> dict:
@@ -48,7 +48,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         WorkedAnswers(ctx, "teacher", recipe.problems),
         seed=ctx.seed("teacher order"),
         batch_size=recipe.batch_size,
-        row_length=ctx.config.row_length,
+        row_length=recipe.row_length,
         rows_per_micro=ctx.config.runtime.rows_per_micro,
         reduction=recipe.reduction,
     )

@@ -1,1 +1,50 @@
-"""Verifiable tasks: problems made from a seed, worked-out answers and exact graders."""
+"""Verifiable tasks: problems, worked-out answers where there are any, and exact graders."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import ml_collections
+
+from lopd.data.tokenizers import Tokenizer
+from lopd.errors import UserError
+from lopd.tasks.metrics import Verdict
+
+
+class Problem(Protocol):
+    """What every task's problems have."""
+
+    problem_id: int
+    """Below 2^32; with the sample number it determines the random key."""
+
+
+class Task(Protocol):
+    """What the stages ask of a task."""
+
+    name: str
+
+    def problems(self, split: str, count: int, seed: int) -> Iterator[Problem]:
+        """`count` problems of a split ("sft", "opd", "dev", "test"), drawn with a seed."""
+
+    def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
+        """The prompt's token ids."""
+
+    def grade(self, problem: Problem, response: str) -> Verdict:
+        """Whether a response that ended by itself is right."""
+
+
+def make_task(settings: ml_collections.ConfigDict) -> Task:
+    """The task that the settings name.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    # Imported here: each brings its own requirements.
+    if settings.name == "addition":
+        from lopd.tasks.addition import Addition
+
+        return Addition(settings.digits)
+    if settings.name == "math":
+        from lopd.tasks.math import Math
+
+        return Math(settings)
+    raise UserError(f"task.name={settings.name!r} must be 'addition' or 'math'")

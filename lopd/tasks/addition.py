@@ -16,7 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
+from lopd.tasks.metrics import Verdict
 
 # Disjoint regions of the space of problems, as fractions of it. `dev` is for tuning settings,
 # `test` for reported figures.
@@ -95,7 +97,12 @@ class Addition:
         """The problems of `split_ids`, in its order."""
         return (self.problem(int(i)) for i in self.split_ids(split, count, seed))
 
-    def grade(self, problem: Problem, response: str) -> bool:
+    def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
+        """The prompt as it stands."""
+        return tokenizer.encode(problem.prompt)
+
+    def grade(self, problem: Problem, response: str) -> Verdict:
         """Whether a response ends in the right result. Exact: no partial credit."""
         match = _ANSWER.search(response.strip())
-        return match is not None and match.group(1) == problem.answer
+        answer = match.group(1) if match else None
+        return Verdict(answer == problem.answer, answer)

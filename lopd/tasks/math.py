@@ -8,14 +8,20 @@ finishes, and those must cost a time limit and not the run.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
-from lopd.data.sources import Columns, load_examples, math_prompt
+import ml_collections
+
+from lopd.data.sources import Columns, load_examples, math_prompt, rewrite_prompts
+from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
+from lopd.tasks.metrics import Verdict
 
 _WORKER = pathlib.Path(__file__).with_name("math_worker.py")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -62,14 +68,6 @@ def boxed_answer(response: str) -> str | None:
         if depth == 0:
             return rest[: match.start()].strip()
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right, and a label that equal answers share; None: no answer."""
-
-    correct: bool
-    label: str | None
 
 
 class Grader:
@@ -154,3 +152,43 @@ class Grader:
             return json.loads(line)
         self.close()
         return None
+
+
+class Math:
+    """Math problems of files or datasets: `task.sft_prompts`, `opd_prompts` and `problems`."""
+
+    name = "math"
+
+    def __init__(self, settings: ml_collections.ConfigDict):
+        self._settings = settings
+        self._grader: Grader | None = None
+
+    def problems(self, split: str, count: int, seed: int) -> Iterator[MathProblem]:
+        """The problems of a source: `count` drawn with the seed, or all, in order, for 0.
+
+        Evaluation problems (any other split than "sft" and "opd") come in the file's order.
+
+        Raises:
+          UserError: if the source is not set or cannot be read.
+        """
+        key = {"sft": "sft_prompts", "opd": "opd_prompts"}.get(split, "problems")
+        source = self._settings[key]
+        if not source:
+            raise UserError(
+                f"task.{key} is not set: a JSONL or Parquet file, a TFDS name or folder"
+            )
+        if key == "problems":
+            yield from itertools.islice(load_problems(source), count or None)
+            return
+        examples = load_examples(source, count=count, seed=seed)
+        for i, example in enumerate(rewrite_prompts(examples, math_prompt)):
+            yield MathProblem(i, example.messages[-1]["content"], example.answer or "")
+
+    def encode(self, problem: MathProblem, tokenizer: Tokenizer) -> list[int]:
+        """The prompt in the checkpoint's chat template."""
+        return tokenizer.render(problem.messages, thinking=self._settings.thinking)
+
+    def grade(self, problem: MathProblem, response: str) -> Verdict:
+        """math-verify's verdict on what the response boxes."""
+        self._grader = self._grader or Grader()
+        return self._grader.grade(problem.answer, response)

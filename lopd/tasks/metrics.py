@@ -5,6 +5,7 @@ every interval is over per-problem scores: the problems are the random draw.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,14 @@ import numpy as np
 from scipy.special import stdtrit
 
 Labels = Sequence[Sequence[str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and a label that equal answers share; None: no answer."""
+
+    correct: bool
+    label: str | None
 
 
 def average(correct: np.ndarray) -> np.ndarray:

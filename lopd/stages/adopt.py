@@ -1,0 +1,48 @@
+"""Takes a Hugging Face checkpoint as the result of the `teacher` or the `sft` stage.
+
+Nothing is copied: the artefact records where the weights are and their fingerprint, and every
+later reading is compared with it.
+"""
+
+import dataclasses
+
+from lopd.artefact import Artefact
+from lopd.context import Context
+from lopd.fingerprint import params_fingerprint
+from lopd.models import hf
+
+MODELS = {"teacher": "teacher", "sft": "student"}
+
+
+def settings(ctx: Context, name: str) -> dict:
+    """Which checkpoint, and as what shape."""
+    model = dataclasses.asdict(ctx.model(MODELS[name]))
+    return {"checkpoint": ctx.external(name), "model": model}
+
+
+def inputs(ctx: Context, name: str) -> dict:
+    """For `sft`, the teacher that is declared to have written its data.
+
+    The same name as `teacher.checkpoint` stands for that teacher's weights; another name stays a
+    name, which equals no fingerprint.
+    """
+    if name == "teacher":
+        return {}
+    declared = ctx.config.sft.teacher
+    if declared and declared == ctx.config.teacher.checkpoint:
+        declared = ctx.input("teacher").outputs["fingerprint"]
+    return {"teacher": declared or "not declared"}
+
+
+def run(ctx: Context, artefact: Artefact, name: str) -> dict:
+    """Reads the weights once, for their fingerprint."""
+    model = ctx.model(MODELS[name])
+    source = hf.resolve_checkpoint(ctx.external(name))
+    dtype = model.dtype if name == "teacher" else "float32"
+    params = hf.load_checkpoint(source, ctx.mesh, param_dtype=dtype)[1]
+    return {
+        "model": dataclasses.asdict(model),
+        "fingerprint": params_fingerprint(params),
+        "source": str(source),
+        **inputs(ctx, name),
+    }
