@@ -296,7 +296,7 @@ def test_unimplemented_feature_is_refused_by_name(changes, message):
 @pytest.mark.parametrize("field", ["head_dim", "rope_theta", "num_experts"])
 def test_missing_field_is_named(field):
     values = {k: v for k, v in PUBLISHED["Qwen3-30B-A3B"].items() if k != field}
-    with pytest.raises(UserError, match="config.json lacks num_local_experts|lacks " + field):
+    with pytest.raises(UserError, match=f"config.json lacks {field}"):
         hf.config_from_hf(values)
 
 

@@ -125,9 +125,14 @@ def test_bfloat16_is_no_worse_than_transformers(twin):
     assert 0 < np.abs(ours - exact).mean() <= np.abs(half - exact).mean()
 
 
-@pytest.fixture(scope="session", params=["tied", "moe"])
+@pytest.fixture(scope="module", params=["tied", "moe"])
 def config(request):
     return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return random_params(config, seed=0)
 
 
 def test_rejects_heads_that_do_not_group():

@@ -170,7 +170,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Qwen3Config:
         experts = {}
         if kind == "qwen3_moe":
             experts = dict(
-                num_experts=values.get("num_experts") or values["num_local_experts"],
+                num_experts=values.get("num_local_experts") or values["num_experts"],
                 num_experts_per_tok=values["num_experts_per_tok"],
                 moe_intermediate_size=values["moe_intermediate_size"],
                 norm_topk_prob=values.get("norm_topk_prob", False),
