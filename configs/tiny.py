@@ -46,10 +46,10 @@ def get_config():
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        initializer_range=0.04,
+        initializer_range=0.06,
     )
 
-    config.sft_data.update(prompts=310, temperature=0.5, response_length=response_length)
+    config.sft_data.update(prompts=370, temperature=0.5, response_length=response_length)
     config.sft.update(
         lopd_config.training_recipe(
             steps=400,
@@ -57,7 +57,6 @@ def get_config():
             learning_rate=3e-3,
             schedule="cosine",
             warmup_steps=30,
-            weight_decay=1.0,
             reduction="token_mean",
             row_length=row_length,
         )

@@ -1,0 +1,161 @@
+"""The stages on Hugging Face checkpoints: random weights, real files, the real tokenizer."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from qwen3_tokenizer import qwen3_folder
+from test_pipeline import REPOSITORY, environment, refused
+
+CONFIG = REPOSITORY / "configs" / "qwen3_8b.py"
+SETTINGS = {
+    "dtype": "float32",
+    "prompt_length": 96,
+    "sft_data.prompts": 6,
+    "sft_data.response_length": 12,
+    "sft.steps": 2,
+    "sft.warmup_steps": 1,
+    "sft.batch_size": 4,
+    "sft.row_length": 128,
+    "precompute.response_length": 12,
+    "precompute.row_length": 128,
+    "opd.steps": 2,
+    "opd.batch_size": 4,
+    "opd.row_length": 128,
+    "eval.samples": 2,
+    "eval.response_length": 8,
+    "runtime.slots": 4,
+    "runtime.prefill_batch": 4,
+    "runtime.rows_per_micro": 2,
+}
+
+
+def make_checkpoint(folder, seed, hidden_size):
+    """A small Qwen3 written by Transformers, with the real tokenizer beside it."""
+    torch.manual_seed(seed)
+    shape = transformers.Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=151_645,
+    )
+    transformers.Qwen3ForCausalLM(shape).save_pretrained(folder)
+    for path in qwen3_folder().iterdir():
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints of a teacher and a student, prompts and problems."""
+    root = tmp_path_factory.mktemp("files")
+    make_checkpoint(root / "teacher", 0, 32)
+    make_checkpoint(root / "student", 1, 16)
+    for name, count in (("sft", 8), ("opd", 9), ("problems", 3)):
+        rows = [
+            {"problem": f"{name}: what is {i} + 1?", "answer": str(i + 1)} for i in range(count)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return root
+
+
+def run(files, workdir, stages="", **changes):
+    settings = SETTINGS | {
+        "teacher.checkpoint": files / "teacher",
+        "student.checkpoint": files / "student",
+        "task.sft_prompts": files / "sft.jsonl",
+        "task.opd_prompts": files / "opd.jsonl",
+        "task.problems": files / "problems.jsonl",
+    }
+    settings |= {k.replace("__", "."): v for k, v in changes.items()}
+    command = [
+        *(sys.executable, "-m", "lopd.main", f"--config={CONFIG}", f"--workdir={workdir}"),
+        *([f"--stages={stages}"] if stages else []),
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    done = run(files, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_all_stages_run_and_the_student_generates_in_transformers(files, finished):
+    export = finished / "export"
+    model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    out = model.generate(ids["input_ids"], max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > ids["input_ids"].shape[1]
+    models = json.loads((finished / "eval" / "summary.json").read_text())["models"]
+    assert list(models) == ["teacher", "base", "sft", "opd"]
+    assert models["opd"]["math/sampled"]["n"] == 6 and "pass@2" in models["opd"]["math/sampled"]
+    # The weights moved: the export is not the base checkpoint.
+    base = transformers.AutoModelForCausalLM.from_pretrained(files / "student")
+    assert not torch.equal(base.model.norm.weight, model.model.norm.weight)
+
+
+def test_eval_of_a_checkpoint_alone(files, tmp_path):
+    changes = dict(
+        teacher__checkpoint="", student__checkpoint="", sft__checkpoint=files / "student"
+    )
+    done = run(files, tmp_path, "eval", **changes)
+    assert done.returncode == 0, done.stderr
+    models = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"]
+    assert list(models) == ["sft"]
+    assert len((tmp_path / "eval" / "responses_sft.jsonl").read_text().splitlines()) == 9
+
+
+def test_sft_model_from_elsewhere_needs_its_teacher_declared(files, tmp_path):
+    sft = {"sft__checkpoint": files / "student"}
+    refused(run(files, tmp_path, "precompute", **sft), "sft.teacher")
+    done = run(files, tmp_path, "precompute", sft__teacher="somebody else", **sft)
+    assert done.returncode == 2 and "somebody else wrote the SFT data" in done.stderr
+    done = run(files, tmp_path / "w", "precompute,opd", sft__teacher=files / "teacher", **sft)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"task__opd_prompts": ""}, ["task.opd_prompts is not set"]),
+        ({"task__opd_prompts": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+        ({"prompt_length": 12}, ["prompt_length=12"]),
+        ({"student__checkpoint": "/nowhere"}, ["/nowhere", "no such folder"]),
+    ],
+    ids=["unset source", "missing source", "long prompt", "missing checkpoint"],
+)
+def test_bad_input_is_one_line_before_any_work(files, tmp_path, changes, parts):
+    refused(run(files, tmp_path / "w", **changes), *parts)
+    assert not (tmp_path / "w" / "sft_data").exists()
+
+
+def test_tokenizers_of_teacher_and_student_must_agree(files, tmp_path):
+    shutil.copytree(files / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    text = path.read_text().replace('"<|im_end|>"', '"<|im_over|>"')
+    path.write_text(text)
+    config = tmp_path / "teacher" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|im_end|>", "<|im_over|>"))
+    done = run(files, tmp_path / "w", teacher__checkpoint=tmp_path / "teacher")
+    refused(done, "<|im_over|>", "<|im_end|>")
+
+
+def test_with_nothing_configured_one_line_says_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "lopd.main", f"--config={CONFIG}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    refused(done, "--workdir")
