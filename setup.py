@@ -41,6 +41,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
-        "test": ["pytest", "math-verify", "ruff", "torch==2.13.0"],
+        "test": ["math-verify", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
     },
 )
