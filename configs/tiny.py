@@ -1,6 +1,6 @@
 """The whole method on a model small enough for a laptop: column addition, two CPU cores.
 
-Command, about three minutes::
+Command, three to four minutes::
 
     python -m lopd.main --config=configs/tiny.py --workdir=runs/tiny
 """
