@@ -4,6 +4,7 @@ The corpus is the addition task itself, so words are single pieces and every dig
 The model is committed (`tiny.model`); this script is how it was made and how to make another.
 """
 
+import io
 import pathlib
 
 import sentencepiece
@@ -15,10 +16,11 @@ HERE = pathlib.Path(__file__).parent
 
 def main() -> None:
     """Writes tiny.model beside this file."""
+    model = io.BytesIO()
     problems = list(Addition(3).problems("teacher", 2000, seed=0))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for p in problems for line in (p.prompt.strip(), p.solution)),
-        model_prefix=str(HERE / "tiny"),
+        model_writer=model,  # a path would be stored in the model
         model_type="bpe",
         vocab_size=40,
         hard_vocab_limit=False,
@@ -33,7 +35,7 @@ def main() -> None:
         bos_id=-1,
         minloglevel=2,
     )
-    (HERE / "tiny.vocab").unlink()
+    (HERE / "tiny.model").write_bytes(model.getvalue())
 
 
 if __name__ == "__main__":
