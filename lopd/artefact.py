@@ -28,6 +28,12 @@ def write_atomically(path: epath.Path, text: str) -> None:
     sync(path.parent)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A local path from the root, as Orbax needs it; a URL as it is."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 def sync(path: epath.Path) -> None:
     """Flushes a local file or directory to disk; object stores need no such thing."""
     if "://" in os.fspath(path):
@@ -62,7 +68,7 @@ class Artefact:
     """One stage's output directory and its manifest (a plain dict, `manifest`)."""
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        self.path = absolute(path)
         self.manifest: dict[str, Any] | None = self._load()
 
     def _load(self) -> dict[str, Any] | None:

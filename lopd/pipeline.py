@@ -9,7 +9,7 @@ from etils import epath
 
 from lopd import config as lopd_config
 from lopd import parallel
-from lopd.artefact import Artefact, open_complete
+from lopd.artefact import Artefact, absolute, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
@@ -118,7 +118,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...]
       UserError: for bad settings, before any work; or for an artefact made with other ones.
     """
     stages = tuple(stages) or tuple(config.stages)
-    ctx = Context(config, epath.Path(workdir), parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, absolute(workdir), parallel.make_mesh(config.mesh.to_dict()))
     _check_before_work(ctx, stages)
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]

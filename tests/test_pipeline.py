@@ -74,9 +74,9 @@ def outcome(workdir) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A finished run."""
+    """A finished run, given its directory as people do: by a relative path."""
     workdir = tmp_path_factory.mktemp("whole")
-    done = run(workdir)
+    done = run(os.path.relpath(workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done
 
