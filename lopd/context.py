@@ -102,6 +102,14 @@ class Context:
         given = self.given(stage)
         return open_complete(given or self.workdir / stage, f"the {stage} artefact")
 
+    def read_checkpoint(self, path: epath.Path, which: str) -> Params:
+        """The weights of a Hugging Face folder, to be used as the "teacher" or the "student".
+
+        A teacher is frozen: its weights stay in the type that it computes with.
+        """
+        dtype = self.model(which).dtype if which == "teacher" else "float32"
+        return hf.load_checkpoint(path, self.mesh, param_dtype=dtype)[1]
+
     def load_params(self, stage: str, which: str) -> Params:
         """The finished weights of a training stage, checked against its manifest.
 
@@ -117,9 +125,7 @@ class Context:
             )
         source = artefact.outputs.get("source")
         if source:
-            # A teacher is frozen: its weights stay in the type that it computes with.
-            dtype = model.dtype if which == "teacher" else "float32"
-            params = hf.load_checkpoint(epath.Path(source), self.mesh, param_dtype=dtype)[1]
+            params = self.read_checkpoint(epath.Path(source), which)
         else:
             source = artefact.path / PARAMS
             params = checkpoints.load_params(source, model, self.mesh)

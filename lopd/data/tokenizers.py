@@ -105,10 +105,9 @@ class SentencePieceTokenizer(Tokenizer):
         path = epath.Path(model_path)
         if not path.is_file():
             raise UserError(f"tokenizer={path}: no such file; give the path of a .model file")
-        self.serialized = path.read_bytes()
-        self.files = {_MODEL: self.serialized}
+        self.files = {_MODEL: path.read_bytes()}
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.files[_MODEL])
         except RuntimeError as error:
             raise UserError(f"tokenizer={path}: not a SentencePiece model") from error
         if self._processor.eos_id() < 0:

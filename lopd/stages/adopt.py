@@ -36,13 +36,10 @@ def inputs(ctx: Context, name: str) -> dict:
 
 def run(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Reads the weights once, for their fingerprint."""
-    model = ctx.model(MODELS[name])
     source = hf.resolve_checkpoint(ctx.external(name))
-    dtype = model.dtype if name == "teacher" else "float32"
-    params = hf.load_checkpoint(source, ctx.mesh, param_dtype=dtype)[1]
     return {
-        "model": dataclasses.asdict(model),
-        "fingerprint": params_fingerprint(params),
+        "model": dataclasses.asdict(ctx.model(MODELS[name])),
+        "fingerprint": params_fingerprint(ctx.read_checkpoint(source, MODELS[name])),
         "source": str(source),
         **inputs(ctx, name),
     }

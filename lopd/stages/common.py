@@ -47,7 +47,7 @@ def base_params(ctx: Context, which: str) -> qwen3.Params:
     """The weights that training starts from, in their sharding: a base checkpoint's, or random."""
     model = ctx.model(which)
     if which == "student" and ctx.config.student.checkpoint:
-        return hf.load_checkpoint(hf.resolve_checkpoint(ctx.config.student.checkpoint), ctx.mesh)[1]
+        return ctx.read_checkpoint(hf.resolve_checkpoint(ctx.config.student.checkpoint), which)
     check_divisible(model, ctx.mesh, f"{which}.model")
     init = jax.jit(
         lambda key: qwen3.init_params(model, key), out_shardings=param_shardings(model, ctx.mesh)
