@@ -1,14 +1,17 @@
 """Command line: `python -m lopd.main --config=configs/tiny.py --workdir=DIR [--stages=a,b]`.
 
-Any setting can be changed with `--config.section.key=value`.
+Any setting can be changed with `--config.section.key=value`. Exit codes: 0 done, 2 bad input or no
+room on disk, 75 stopped by a signal with all work safe (`lopd.shutdown`).
 """
 
+import errno
 import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lopd import shutdown
 from lopd.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
@@ -34,7 +37,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: str) -> None:
     print(f"lopd: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(shutdown.EXIT_ERROR)
 
 
 def main(argv: list[str]) -> None:
@@ -50,12 +53,20 @@ def main(argv: list[str]) -> None:
 
     platform.prepare(WORKDIR.value)
     try:
-        pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
+        with shutdown.on_signals():
+            pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("\nlopd: interrupted; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
+    except shutdown.Stopped:
+        print("\nlopd: stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(shutdown.EXIT_STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(
+            f"no room left on the disk of {WORKDIR.value} ({error}): free some and run the same "
+            "command, it continues from what is finished"
+        )
 
 
 if __name__ == "__main__":

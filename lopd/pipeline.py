@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact, absolute, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
@@ -123,6 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...]
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     for number, name in enumerate(ordered, start=1):
+        shutdown.check()
         title = f"[{number}/{len(ordered)}] {name}"
         if ctx.given(name):
             print(f"{title}: given, {ctx.given(name)}", flush=True)

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from lopd import shutdown
 from lopd.artefact import Artefact
 from lopd.cache import writer
 from lopd.context import PARAMS, Context
@@ -175,6 +176,7 @@ def write_responses(
     for index in range(done, count):
         responses = []
         for response in sample(wanted[index * per_shard : (index + 1) * per_shard]):
+            shutdown.check()
             responses.append(response)
             progress.update()
         responses.sort(key=lambda r: r.index)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from lopd import shutdown
 from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
 from lopd.models.qwen3 import Params
@@ -60,6 +61,7 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
         correct, labels = np.zeros(shape, bool), np.full(shape, None, object)
         tokens, finished = 0, 0
         for response in sample(requests):
+            shutdown.check()
             place = divmod(response.index, shape[1])
             problem = problems[place[0]]
             text = ctx.tokenizer.decode(response.tokens)

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from lopd import parallel
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact
 from lopd.errors import UserError
 from lopd.models import qwen3
@@ -93,6 +93,7 @@ def train(
         for step, batch in enumerate(
             batches.slice(slice(start, recipe.steps)).to_iter_dataset(reads), start=start + 1
         ):
+            shutdown.check()
             state, metrics = step_fn(state, _put(batch, mesh))
             if in_flight is not None:
                 report(*in_flight)

@@ -1,0 +1,53 @@
+"""A clean stop on SIGTERM (a preemption notice) or SIGINT, and the process's exit codes.
+
+Long loops ask `requested()` between units of work, bring what they have to safety (close the
+shard, save the state) and raise `Stopped`. A second signal ends the process at once.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+EXIT_ERROR = 2
+"""Bad input or settings, or no room on disk: running again as it is fails again."""
+EXIT_STOPPED = 75
+"""Stopped on request, all work so far is safe: the same command continues (EX_TEMPFAIL)."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_received: list[int] = []
+
+
+class Stopped(Exception):
+    """Work was brought to safety after a signal; `lopd.main` exits with `EXIT_STOPPED`."""
+
+
+def requested() -> bool:
+    """Whether the process was asked to stop."""
+    return bool(_received)
+
+
+def check() -> None:
+    """For loops with nothing to bring to safety.
+
+    Raises:
+      Stopped: if the process was asked to stop.
+    """
+    if requested():
+        raise Stopped
+
+
+def _on_signal(number: int, _frame) -> None:
+    _received.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def on_signals() -> Iterator[None]:
+    """Turns the first SIGTERM or SIGINT into a request; use it in the main thread."""
+    _received.clear()
+    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
