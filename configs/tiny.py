@@ -67,6 +67,7 @@ def get_config():
     config.precompute.update(
         prompts=12_000, temperature=0.7, response_length=response_length, row_length=row_length
     )
+    config.heldout.update(prompts=256, response_length=response_length, row_length=row_length)
     # The paper trains at 2e-6 with τ = 10; a model 100,000 times smaller takes larger steps, and
     # a smaller τ keeps rare errors from outweighing everything else (README).
     config.opd.tau = 1.0

@@ -2,7 +2,8 @@
 
 An artefact is a directory with a `manifest.json`. The manifest is written, atomically, when the
 stage starts (`complete: false`, with the settings and inputs it is made from), grows as parts of
-it are finished, and is closed at the end. A file counts only when the manifest lists it.
+it are finished, and is closed at the end. A file counts only when the manifest lists it. The
+manifest holds the checksum of its own text, so that no change to it goes unseen.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import lopd
 from lopd.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
@@ -28,15 +29,19 @@ def write_atomically(path: epath.Path, text: str) -> None:
     sync(path.parent)
 
 
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path is on a file system of this machine and not a URL."""
+    return "://" not in os.fspath(path)
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """A local path from the root, as Orbax needs it; a URL as it is."""
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
 
 
 def sync(path: epath.Path) -> None:
     """Flushes a local file or directory to disk; object stores need no such thing."""
-    if "://" in os.fspath(path):
+    if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -52,6 +57,13 @@ def file_sha256(path: epath.Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """The file's text: the manifest, and last the SHA-256 of everything above."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    return json.dumps({**content, "checksum": checksum}, indent=2) + "\n"
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -76,14 +88,23 @@ class Artefact:
         if not path.exists():
             return None
         try:
-            manifest = json.loads(path.read_text())
+            text = path.read_bytes().decode()
+            manifest = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete {self.path}") from error
+            raise UserError(
+                f"{path} is damaged ({error}); restore it, or delete {self.path}"
+            ) from error
         if manifest.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format version {manifest.get('format_version')}, this code reads "
                 f"{FORMAT_VERSION}; delete {self.path} to make it again"
             )
+        # The text is a function of the content, so comparing it finds a change of any byte.
+        if text != _manifest_text(manifest):
+            raise UserError(
+                f"{path} is damaged (its checksum differs); restore it, or delete {self.path}"
+            )
+        del manifest["checksum"]
         return manifest
 
     @property
@@ -129,7 +150,7 @@ class Artefact:
 
     def save(self) -> None:
         """Writes the manifest as it stands."""
-        write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        write_atomically(self.path / MANIFEST, _manifest_text(self.manifest))
 
     def finish(self, outputs: dict[str, Any]) -> None:
         """Closes the artefact: from now on it is complete."""

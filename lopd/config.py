@@ -11,7 +11,10 @@ from ml_collections import config_dict
 from lopd.errors import UserError
 from lopd.objectives import REDUCTIONS
 
-STAGES = ("teacher", "sft_data", "sft", "precompute", "opd", "control", "eval", "export")
+STAGES = (
+    *("teacher", "sft_data", "sft", "precompute", "heldout"),
+    *("opd", "control", "eval", "export"),
+)
 
 
 def training_recipe(**changes) -> ml_collections.ConfigDict:
@@ -103,6 +106,9 @@ def base_config() -> ml_collections.ConfigDict:
                 "row_length": 5120,  # positions per packed row of the scoring pass
                 **sampling_section(),
             },
+            # Rollouts for importance weights: of prompts that `precompute` leaves out, and of
+            # π_ref's own distribution, so temperature and top_p stay 1.
+            "heldout": {"row_length": 5120, **sampling_section(prompts=0, temperature=1.0)},
             "opd": {
                 "cache": "",  # a finished `precompute` directory to use instead of this run's
                 "tau": 10.0,  # advantage clip, nats
@@ -116,7 +122,7 @@ def base_config() -> ml_collections.ConfigDict:
                 "slots": 128,  # responses decoded at a time
                 "decode_steps": 8,  # tokens decoded between looks at what has finished
                 "prefill_batch": 64,  # prompts read per call
-                "records_per_shard": 2000,
+                "records_per_shard": 512,  # a kill loses the shards that are filling
                 "checkpoint_every": 100,  # steps
             },
         }
@@ -132,7 +138,7 @@ def paper_config() -> ml_collections.ConfigDict:
     T = 0.8, top-p = 1 and not the released code's 0.7 and 0.9.
     """
     config = base_config()
-    config.stages = ("sft_data", "sft", "precompute", "opd", "eval", "export")
+    config.stages = ("sft_data", "sft", "precompute", "heldout", "opd", "eval", "export")
     config.dtype = "bfloat16"
     config.task.name = "math"
     config.task.thinking = True
@@ -148,6 +154,7 @@ def paper_config() -> ml_collections.ConfigDict:
         )
     )
     config.precompute.update(prompts=0, temperature=0.8, response_length=4096, row_length=5120)
+    config.heldout.update(prompts=256, response_length=4096, row_length=5120)
     config.eval.update(prompts=0, samples=32, temperature=0.6, top_p=0.95, response_length=32_768)
     return config
 
@@ -185,6 +192,18 @@ def _check_sampling(name: str, section: ml_collections.ConfigDict) -> None:
     _require(0 < section.top_p <= 1, f"{name}.top_p={section.top_p} must lie in (0, 1]")
 
 
+def _check_heldout(config: ml_collections.ConfigDict) -> None:
+    section = config.heldout
+    _require(section.prompts > 0, "heldout.prompts=0: how many prompts are to be held out?")
+    whole = sampling_section(temperature=1.0)
+    for key in {*whole} - {"prompts", "samples", "response_length"}:
+        _require(
+            section[key] == whole[key],
+            f"heldout.{key}={section[key]} must be {whole[key]}: importance weights need responses "
+            "of π_ref's own distribution",
+        )
+
+
 def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None:
     """Checks what can be known before any work.
 
@@ -201,10 +220,17 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     for name in ("teacher", "sft", "opd", "control"):
         _check_recipe(name, config[name])
     _require(config.opd.tau > 0, f"opd.tau={config.opd.tau} must be positive")
-    for name in ("sft_data", "precompute", "eval"):
+    for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
     # Which rows hold whose responses.
-    for rows, responses in (("sft", "sft_data"), ("opd", "precompute"), ("precompute",) * 2):
+    held = ()
+    if "heldout" in stages:
+        _check_heldout(config)
+        held = (("heldout", "heldout"), ("opd", "heldout"))
+    for rows, responses in (
+        *(("sft", "sft_data"), ("opd", "precompute"), ("precompute", "precompute")),
+        *held,
+    ):
         longest = config.prompt_length + config[responses].response_length - 1
         _require(
             longest <= config[rows].row_length,

@@ -29,14 +29,27 @@ class Context:
     config: ml_collections.ConfigDict
     workdir: epath.Path
     mesh: Mesh
+    worker: tuple[int, int] | None = None
+    """(i, N): this process samples part i of N, counted from 0, into a directory of its own."""
 
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: the one named, or that of the student's checkpoint."""
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the run's tokenizer is from: the one named, or the student's checkpoint."""
         name = self.config.tokenizer or self.config.student.checkpoint or self.external("sft")
         if not name:
             raise UserError("tokenizer is not set, and no student.checkpoint to take it of")
+        return name
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        name = self.tokenizer_source
         return load_tokenizer(name if self.config.tokenizer else hf.resolve_checkpoint(name))
+
+    def place(self, stage: str) -> epath.Path:
+        """The directory that this process makes the artefact of `stage` in."""
+        part = "-{}-of-{}".format(*self.worker) if self.worker else ""
+        return self.workdir / f"{stage}{part}"
 
     @functools.cached_property
     def task(self) -> Task:

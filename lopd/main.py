@@ -17,6 +17,7 @@ from lopd.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
+WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -40,12 +41,22 @@ def _fail(message: str) -> None:
     sys.exit(shutdown.EXIT_ERROR)
 
 
+def _worker(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        _fail(f"--worker={text} must be i/N with 0 <= i < N, as in --worker=0/4")
+    return int(match[1]), int(match[2])
+
+
 def main(argv: list[str]) -> None:
     """Runs the pipeline."""
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
         _fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
+    worker = _worker(WORKER.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
@@ -54,7 +65,7 @@ def main(argv: list[str]) -> None:
     platform.prepare(WORKDIR.value)
     try:
         with shutdown.on_signals():
-            pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
+            pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value), worker)
     except UserError as error:
         _fail(str(error))
     except shutdown.Stopped:

@@ -1,5 +1,6 @@
 """The device mesh and the one table that maps logical axes onto it."""
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -83,3 +84,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Arrays whose axis `leading` is rows: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+
+
+def device_memory(mesh: Mesh) -> int:
+    """Bytes that one device may use: its own memory, or a CPU device's share of the host's."""
+    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)

@@ -14,7 +14,7 @@ from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
 from lopd.models import hf
-from lopd.stages import adopt, control, export, opd, precompute, sft, sft_data, teacher
+from lopd.stages import adopt, control, export, heldout, opd, precompute, sft, sft_data, teacher
 from lopd.stages import eval as evaluation
 
 STAGES = {
@@ -22,6 +22,7 @@ STAGES = {
     "sft_data": sft_data,
     "sft": sft,
     "precompute": precompute,
+    "heldout": heldout,
     "opd": opd,
     "control": control,
     "eval": evaluation,
@@ -29,14 +30,18 @@ STAGES = {
 }
 
 
+WORKER_STAGES = ("sft_data", "precompute", "heldout")
+"""Stages that `--worker` can split: those that sample into shards."""
+
 # Whose position limit a stage's responses must keep within.
-_SAMPLED = {"teacher": {"sft_data", "precompute"}, "student": {"precompute"}}
-_READ_PROMPTS = (sft_data, precompute, evaluation)
+_SAMPLED = {"teacher": {*WORKER_STAGES}, "student": {"precompute", "heldout"}}
+_READ_PROMPTS = (sft_data, precompute, heldout, evaluation)
 _NEEDS = {
     "teacher": (),
     "sft_data": ("teacher",),
     "sft": ("sft_data",),
     "precompute": ("teacher", "sft"),
+    "heldout": ("teacher", "sft"),
     "opd": ("sft", "precompute"),
     "control": ("sft", "sft_data"),
     "eval": (),
@@ -55,7 +60,7 @@ def _check_writable(workdir: epath.Path) -> None:
 
 
 def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
-    return bool(ctx.external("teacher")) or bool({"teacher", "sft_data", "precompute"} & {*stages})
+    return bool(ctx.external("teacher")) or bool({"teacher", *WORKER_STAGES} & {*stages})
 
 
 def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
@@ -80,7 +85,7 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
             f"runtime.rows_per_micro={rows} must be a multiple of data × fsdp = {split}"
         )
     for name, stage in STAGES.items():
-        artefact = Artefact(ctx.workdir / name)
+        artefact = Artefact(ctx.place(name) if name in stages else ctx.workdir / name)
         if ctx.given(name):
             open_complete(ctx.given(name), f"the {name} artefact given in the settings")
         elif ctx.external(name):
@@ -104,21 +109,34 @@ def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
         check_same_vocabulary(
             load_tokenizer(teacher), ctx.tokenizer, f"the tokenizers of {teacher} and the student"
         )
-    if ctx.external("sft") and "precompute" in stages and not ctx.config.sft.teacher:
+    if ctx.external("sft") and {"precompute", "heldout"} & {*stages} and not ctx.config.sft.teacher:
         raise UserError(
             f"sft.checkpoint={ctx.external('sft')} was fine-tuned elsewhere: say in sft.teacher "
             "who wrote its data (the method needs the teacher that scores to be the same)"
         )
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...] = ()) -> None:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    stages: tuple[str, ...] = (),
+    worker: tuple[int, int] | None = None,
+) -> None:
     """Runs stages (those of the config by default) in a working directory.
+
+    With a `worker` (i, N), samples part i of N into WORKDIR/STAGE-i-of-N, for
+    `python -m lopd.cache merge`.
 
     Raises:
       UserError: for bad settings, before any work; or for an artefact made with other ones.
     """
     stages = tuple(stages) or tuple(config.stages)
-    ctx = Context(config, absolute(workdir), parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, absolute(workdir), parallel.make_mesh(config.mesh.to_dict()), worker)
+    if worker and not {*stages} <= {*WORKER_STAGES}:
+        raise UserError(
+            f"--worker splits {', '.join(WORKER_STAGES)} only: say which with --stages, once what "
+            "they need is there"
+        )
     _check_before_work(ctx, stages)
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
@@ -134,7 +152,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, stages: tuple[str, ...]
 
 def _run_stage(ctx: Context, name: str, title: str) -> None:
     stage, arguments = (adopt, (name,)) if ctx.external(name) else (STAGES[name], ())
-    artefact = Artefact(ctx.workdir / name)
+    artefact = Artefact(ctx.workdir / name if ctx.external(name) else ctx.place(name))
     settings, inputs = stage.settings(ctx, *arguments), stage.inputs(ctx, *arguments)
     artefact.check("settings", settings)
     artefact.check("inputs", inputs)
@@ -167,7 +185,7 @@ def _print_summary(ctx: Context, stages: list[str]) -> None:
             print(f"{model:10}{cells}{by_task[tasks[0]]['n']:>8}")
     seconds = {}
     for name in stages:
-        artefact = Artefact(ctx.workdir / name)
+        artefact = Artefact(ctx.place(name))
         if artefact.complete:
             seconds[name] = artefact.manifest["seconds"]
     times = "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())

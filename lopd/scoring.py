@@ -5,7 +5,7 @@ log-sum-exp, so that neither pass ever holds more than one chunk.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -150,6 +150,32 @@ def _score_rows(config: qwen3.Qwen3Config, params: qwen3.Params, rows: dict) -> 
     return token_scores(hidden, qwen3.output_head(params), rows["targets"]).logprobs
 
 
+def dispatch_scores(
+    config: qwen3.Qwen3Config,
+    params: qwen3.Params,
+    records: Sequence[Mapping],
+    *,
+    mesh: Mesh,
+    row_length: int,
+    rows_per_micro: int,
+) -> Callable[[], list[np.ndarray]]:
+    """Starts `score_responses` on the devices; calling what it returns waits for the result."""
+    arrays, spans = pack(records, row_length)
+    del arrays["mask"]
+    arrays = pad_rows(arrays, -(-len(arrays["tokens"]) // rows_per_micro) * rows_per_micro)
+    sharding = rows_sharding(mesh)
+    scored = []
+    for start in range(0, len(arrays["tokens"]), rows_per_micro):
+        rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
+        scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
+
+    def read() -> list[np.ndarray]:
+        logprobs = np.concatenate(jax.device_get(scored))
+        return [span.read(logprobs) for span in spans]
+
+    return read
+
+
 def score_responses(
     config: qwen3.Qwen3Config,
     params: qwen3.Params,
@@ -174,13 +200,5 @@ def score_responses(
     Returns:
       One float32 array [R_i] per record, in order.
     """
-    arrays, spans = pack(records, row_length)
-    del arrays["mask"]
-    arrays = pad_rows(arrays, -(-len(arrays["tokens"]) // rows_per_micro) * rows_per_micro)
-    sharding = rows_sharding(mesh)
-    scored = []
-    for start in range(0, len(arrays["tokens"]), rows_per_micro):
-        rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
-        scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
-    logprobs = np.concatenate(jax.device_get(scored))
-    return [span.read(logprobs) for span in spans]
+    limits = {"mesh": mesh, "row_length": row_length, "rows_per_micro": rows_per_micro}
+    return dispatch_scores(config, params, records, **limits)()

@@ -1,39 +1,97 @@
 """Reading a finished cache: verified first, then record by record."""
 
-import tensorflow_datasets as tfds
+import contextlib
+import tempfile
+from collections.abc import Iterator
 
-from lopd.artefact import Artefact, file_sha256
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+
+from lopd.artefact import Artefact, file_sha256, is_local
 from lopd.cache import schema
 from lopd.errors import UserError
 
 
-def verify(artefact: Artefact) -> None:
-    """Compares every shard with the manifest: presence, size, checksum.
+def _damage(path: epath.Path, entry: dict) -> str:
+    """What is wrong with a file that the manifest lists, or the empty string."""
+    if not path.exists():
+        return "is missing"
+    if path.stat().length != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+        return "is damaged (size or checksum differs from the manifest)"
+    return ""
+
+
+def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
+    """Compares every file of a finished cache with the manifest: presence, size, checksum.
 
     An ArrayRecord file with a flipped bit opens, and fails only when that record is read; this
-    finds it before any work starts.
+    finds it before any work starts. `files` is where the files are, if not with the manifest.
 
     Raises:
-      UserError: naming the damaged file.
+      UserError: naming the damaged files; or if this is one worker's part.
     """
-    for shard in artefact.manifest["shards"]:
-        path = artefact.path / shard["name"]
-        if not path.exists():
-            raise UserError(f"{path} is missing; delete {artefact.path} and run its stage again")
-        if path.stat().length != shard["bytes"] or file_sha256(path) != shard["sha256"]:
-            raise UserError(
-                f"{path} is damaged (size or checksum differs from the manifest); "
-                f"delete {artefact.path} and run its stage again"
-            )
+    manifest = artefact.manifest
+    if "worker" in manifest:
+        raise UserError(
+            f"{artefact.path} is a worker's part of a cache: join the parts with "
+            "python -m lopd.cache merge OUT PART..."
+        )
+    found = []
+    for entry in [*manifest["shards"], *manifest["metadata"]]:
+        if damage := _damage((files or artefact.path) / entry["name"], entry):
+            found.append(f"{artefact.path / entry['name']} {damage}")
+    if found:
+        more = f" (and {len(found) - 1} more files)" if found[1:] else ""
+        raise UserError(f"{found[0]}{more}; delete {artefact.path} and run its stage again")
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[epath.Path]:
+    """A path on this machine: the path itself, or a temporary copy of the file at a URL."""
+    if is_local(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield path.copy(epath.Path(folder) / path.name)
+
+
+def read_shard(artefact: Artefact, fields: dict, name: str) -> list[dict]:
+    """The records of one shard that the manifest lists, in order.
+
+    Raises:
+      UserError: if the file is missing or damaged.
+    """
+    entry = next(s for s in artefact.manifest["shards"] if s["name"] == name)
+    path = artefact.path / name
+    if damage := _damage(path, entry):
+        raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
+    features = schema.features(fields)
+    with _local(path) as file:
+        reader = array_record_module.ArrayRecordReader(str(file))
+        try:
+            return [features.deserialize_example_np(data) for data in reader.read_all()]
+        finally:
+            reader.close()
 
 
 class Records:
-    """Random access to the records of a verified cache, each checked as it is read."""
+    """Random access to the records of a verified cache, each checked as it is read.
+
+    ArrayRecord reads local files, so a cache at a URL is copied to this machine for as long as
+    the object lives.
+    """
 
     def __init__(self, artefact: Artefact):
-        verify(artefact)
-        self._path = artefact.path
-        self._source = tfds.builder_from_directory(artefact.path).as_data_source(schema.SPLIT)
+        self._path = files = artefact.path
+        if not is_local(files):
+            self._copy = tempfile.TemporaryDirectory(prefix="lopd-cache-")
+            files = epath.Path(self._copy.name)
+            for source in artefact.path.iterdir():
+                if not source.is_dir():
+                    source.copy(files / source.name)
+        verify(artefact, files)
+        self._source = tfds.builder_from_directory(files).as_data_source(schema.SPLIT)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -42,3 +100,6 @@ class Records:
         record = self._source[index]
         schema.check_record(record, f"{self._path}, record {index}")
         return record
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[i] for i in range(len(self)))

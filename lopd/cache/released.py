@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from lopd.artefact import Artefact
-from lopd.cache import schema, writer
+from lopd.cache import schema, totals, writer
 from lopd.data.sources import read_rows
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
@@ -161,17 +161,17 @@ def import_released(
       The outputs of the artefact: totals as `precompute` has them, and the report.
     """
     count = -(-len(records) // records_per_shard)
-    for index in range(writer.shards_written(artefact), count):
+    for index in writer.missing_shards(artefact, count):
         part = records[index * records_per_shard : (index + 1) * records_per_shard]
         scored = [
             {**record, "ref_logprobs": np.asarray(logprobs, np.float32)}
             for record, logprobs in zip(part, score(part), strict=True)
         ]
-        writer.write_shard(artefact, FIELDS, index, count, scored)
+        counted = totals.of_responses(scored) | totals.of_scores(scored)
+        writer.write_shard(artefact, FIELDS, index, count, scored, counted)
     writer.write_metadata(artefact, FIELDS)
     return {
-        "responses": len(records),
-        "tokens": sum(len(r["response_tokens"]) for r in records),
-        "finished": sum(r["finished"] for r in records),
+        **totals.report(totals.add(artefact.manifest["shards"])),
+        "fingerprint": writer.content_fingerprint(artefact),
         "imported": dataclasses.asdict(report),
     }

@@ -25,13 +25,32 @@ RESPONSE_FIELDS = {
 }
 """A sampled response, as SFT reads it. Log-probabilities are one per response token, in nats."""
 
-SCORED_FIELDS = RESPONSE_FIELDS | {
-    "teacher_logprobs": _FLOAT32S,  # log π_T(a_t | s_t) at temperature 1
+REF_SCORED_FIELDS = RESPONSE_FIELDS | {
     "ref_logprobs": _FLOAT32S,  # log π_ref(a_t | s_t) at temperature 1, by the training forward
+}
+"""A response that waits for the teacher, where student and teacher take turns."""
+
+SCORED_FIELDS = REF_SCORED_FIELDS | {
+    "teacher_logprobs": _FLOAT32S,  # log π_T(a_t | s_t) at temperature 1
 }
 """A response with the scores that Lightning OPD trains on."""
 
 _LOGPROB_FIELDS = ("behaviour_logprobs", "teacher_logprobs", "ref_logprobs")
+_TOP_K_FIELDS = ("teacher_topk_ids", "teacher_topk_logprobs")
+
+
+def top_k_fields(top_k: int) -> dict:
+    """The teacher's K most likely tokens at each response token, most likely first; {} for K = 0.
+
+    Their log-probabilities are true ones at temperature 1, so what is missing to 1 is the tail.
+    """
+    if not top_k:
+        return {}
+    shape = (None, top_k)
+    return {
+        "teacher_topk_ids": tfds.features.Tensor(shape=shape, dtype=np.int32),
+        "teacher_topk_logprobs": tfds.features.Tensor(shape=shape, dtype=np.float32),
+    }
 
 
 def features(fields: dict) -> tfds.features.FeaturesDict:
@@ -42,6 +61,24 @@ def features(fields: dict) -> tfds.features.FeaturesDict:
 def shard_name(index: int, count: int) -> str:
     """The file name that TFDS expects of a shard."""
     return f"{NAME}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+
+
+def _is_logprob(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all() and (values <= 1e-3).all())
+
+
+def _check_top_k(record: dict, where: str) -> None:
+    ids, logprobs = (record[name] for name in _TOP_K_FIELDS)
+    length = len(record["response_tokens"])
+    if ids.shape != logprobs.shape or ids.ndim != 2 or len(ids) != length:
+        raise UserError(
+            f"{where}: top-K of shapes {ids.shape} and {logprobs.shape} for {length} tokens"
+        )
+    # Rounding in float32 may lift the sum of nearly all probabilities a little above 1.
+    if not _is_logprob(logprobs) or (np.exp(logprobs).sum(axis=1) > 1.001).any():
+        raise UserError(f"{where}: teacher_topk_logprobs are no log-probabilities")
+    if (np.diff(logprobs, axis=1) > 0).any() or (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        raise UserError(f"{where}: teacher_topk_ids are not distinct, or not the likeliest first")
 
 
 def check_record(record: dict, where: str) -> None:
@@ -59,8 +96,19 @@ def check_record(record: dict, where: str) -> None:
             continue
         if len(values) != length:
             raise UserError(f"{where}: {name} has {len(values)} values for {length} tokens")
-        if not (np.isfinite(values).all() and (values <= 1e-3).all()):
+        if not _is_logprob(values):
             raise UserError(f"{where}: {name} holds a value that is no log-probability")
+    if _TOP_K_FIELDS[0] in record:
+        _check_top_k(record, where)
+
+
+def fields_of(names: Sequence[str], top_k: int = 0) -> dict:
+    """The fields with these names, of which the last two hold `top_k` tokens."""
+    known = SCORED_FIELDS | top_k_fields(top_k)
+    return {name: known[name] for name in known if name in names}
+
+
+_DTYPES = {name: field.np_dtype for name, field in (SCORED_FIELDS | top_k_fields(1)).items()}
 
 
 def content_digest(records: Sequence[dict]) -> int:
@@ -73,7 +121,7 @@ def content_digest(records: Sequence[dict]) -> int:
     for record in records:
         digest = hashlib.sha256()
         for name in sorted(record):
-            value = np.asarray(record[name])
+            value = np.asarray(record[name], _DTYPES[name])
             digest.update(f"{name}{value.shape}".encode())
             digest.update(value.tobytes())
         total += int.from_bytes(digest.digest(), "big")

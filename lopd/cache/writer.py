@@ -1,15 +1,23 @@
 """Writing shards so that a crash at any instant leaves only whole ones."""
 
-from collections.abc import Sequence
+import errno
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from etils import epath
 
-from lopd.artefact import Artefact, file_sha256, sync
+from lopd.artefact import Artefact, file_sha256, is_local, sync
 from lopd.cache import schema
 
+METADATA = ("features.json", "dataset_info.json")
+"""The files by which TFDS knows the directory."""
 
-def _records_in(path) -> int:
+
+def _records_in(path: epath.Path) -> int:
     reader = array_record_module.ArrayRecordReader(str(path))
     try:
         return reader.num_records()
@@ -17,36 +25,117 @@ def _records_in(path) -> int:
         reader.close()
 
 
-def write_shard(
-    artefact: Artefact, fields: dict, index: int, count: int, records: Sequence[dict]
-) -> None:
-    """Writes shard `index` of `count` and lists it in the manifest.
+def _write_records(path: epath.Path, serialized: Sequence[bytes]) -> None:
+    """Writes a local ArrayRecord file and makes sure that it is whole and on the disk.
 
-    The order is what makes it safe: write `*.tmp`, close, reopen and count (a file that was
-    never closed opens silently with no records), flush, rename, list.
+    It is reopened and counted: a file that was never closed opens silently with no records.
+    """
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for data in serialized:
+            writer.write(data)
+        writer.close()
+    except RuntimeError as error:
+        path.unlink(missing_ok=True)
+        # ArrayRecord has no other sign of it than the text.
+        if "No space left" in str(error) or "quota" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise
+    if _records_in(path) != len(serialized):
+        raise OSError(f"{path}: wrote {len(serialized)} records, read {_records_in(path)}")
+    sync(path)
+
+
+def _entry(path: epath.Path) -> dict:
+    return {"name": path.name, "bytes": path.stat().length, "sha256": file_sha256(path)}
+
+
+def write_shard(
+    artefact: Artefact,
+    fields: dict,
+    index: int,
+    count: int,
+    records: Sequence[dict],
+    totals: dict | None = None,
+) -> None:
+    """Writes shard `index` of `count` and lists it in the manifest, with its `totals`.
+
+    The order is what makes it safe: write a temporary file, close, reopen and count, flush,
+    rename, list. Shards may come in any order; the manifest lists them in theirs.
     """
     features = schema.features(fields)
-    path = artefact.path / schema.shard_name(index, count)
-    temporary = path.parent / f"{path.name}.tmp"
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for i, record in enumerate(records):
         schema.check_record(record, f"shard {index}, record {i}")
-        writer.write(features.serialize_example(record))
-    writer.close()
-    if _records_in(temporary) != len(records):
-        raise OSError(f"{temporary}: wrote {len(records)} records, read {_records_in(temporary)}")
-    sync(temporary)
-    entry = {
+    serialized = [features.serialize_example(record) for record in records]
+    path = artefact.path / schema.shard_name(index, count)
+    if is_local(path):
+        temporary = path.parent / f"{path.name}.tmp"
+        _write_records(temporary, serialized)
+        entry = _entry(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    else:  # ArrayRecord writes local files; an object store shows an upload whole or not at all
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = epath.Path(folder) / path.name
+            _write_records(temporary, serialized)
+            entry = _entry(temporary)
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 22)
+    entry |= {
         "name": path.name,
         "records": len(records),
-        "bytes": temporary.stat().length,
-        "sha256": file_sha256(temporary),
         "content": f"{schema.content_digest(records):064x}",
+        "totals": totals or {},
     }
-    temporary.replace(path)
-    sync(path.parent)
-    artefact.manifest.setdefault("shards", []).append(entry)
+    shards = [s for s in artefact.manifest.get("shards", []) if s["name"] != path.name]
+    artefact.manifest["shards"] = sorted([*shards, entry], key=lambda s: s["name"])
     artefact.save()
+
+
+class ShardWriter:
+    """Writes shards in a thread, one at a time, while the caller goes on; a context manager.
+
+    A failure is raised in the caller at the next `put` or `check`, or at the end; nothing is
+    written after it.
+    """
+
+    def __init__(self, artefact: Artefact, fields: dict, count: int):
+        self._artefact, self._fields, self._count = artefact, fields, count
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
+        self._last: Future | None = None
+
+    def put(self, index: int, make: Callable[[], tuple[Sequence[dict], dict]]) -> None:
+        """Waits until the shard before is safe, then hands over shard `index`.
+
+        Args:
+          index: of the shard.
+          make: gives its records and totals; called in the thread.
+        """
+
+        def write() -> None:
+            records, totals = make()
+            write_shard(self._artefact, self._fields, index, self._count, records, totals)
+
+        self._wait()
+        self._last = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread, if anything did by now."""
+        if self._last is not None and self._last.done():
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            self._wait()
 
 
 def content_fingerprint(artefact: Artefact) -> str:
@@ -55,13 +144,14 @@ def content_fingerprint(artefact: Artefact) -> str:
     return f"{total:064x}"[:16]
 
 
-def shards_written(artefact: Artefact) -> int:
-    """How many shards an interrupted run has finished; shards are written in order."""
-    return len(artefact.manifest.get("shards", []))
+def missing_shards(artefact: Artefact, count: int) -> list[int]:
+    """The shards, of `count`, that the manifest does not list yet."""
+    listed = {shard["name"] for shard in artefact.manifest.get("shards", [])}
+    return [i for i in range(count) if schema.shard_name(i, count) not in listed]
 
 
 def write_metadata(artefact: Artefact, fields: dict) -> None:
-    """Adds the TFDS files once all shards are there, so that TFDS opens the directory."""
+    """Adds the TFDS files once all shards are there, and lists them, so that TFDS opens it."""
     shards = artefact.manifest["shards"]
     tfds.folder_dataset.write_metadata(
         data_dir=artefact.path,
@@ -73,3 +163,7 @@ def write_metadata(artefact: Artefact, fields: dict) -> None:
         ],
         check_data=False,
     )
+    for name in METADATA:
+        sync(artefact.path / name)
+    artefact.manifest["metadata"] = [_entry(artefact.path / name) for name in METADATA]
+    artefact.save()

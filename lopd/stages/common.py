@@ -1,4 +1,4 @@
-"""What several stages do alike: sample into shards, and train into an artefact."""
+"""What several stages do alike: make requests, sample, and train into an artefact."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,18 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import grain
 import jax
 import ml_collections
-import numpy as np
 
-from lopd import shutdown
 from lopd.artefact import Artefact
-from lopd.cache import writer
 from lopd.context import PARAMS, Context
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
 from lopd.objectives import Objective
 from lopd.parallel import check_divisible, param_shardings
-from lopd.progress import bar
 from lopd.sampling.engine import Request, Response, Sampling, generate
 from lopd.tasks import Problem
 from lopd.training import checkpoints
@@ -137,53 +133,3 @@ def sampler(
         )
 
     return sample
-
-
-def response_record(response: Response) -> dict:
-    """A response as `cache.schema.RESPONSE_FIELDS` holds it."""
-    return {
-        "prompt_id": response.request.prompt_id,
-        "sample_id": response.request.sample_id,
-        "prompt_tokens": np.asarray(response.request.prompt_tokens, np.int32),
-        "response_tokens": response.tokens,
-        "finished": response.finished,
-        "behaviour_logprobs": response.behaviour_logprobs,
-    }
-
-
-def write_responses(
-    ctx: Context,
-    artefact: Artefact,
-    fields: dict,
-    wanted: Sequence[Request],
-    sample: Callable[[Sequence[Request]], Iterator[Response]],
-    to_records: Callable[[list[Response]], list[dict]],
-) -> dict:
-    """Samples every request into shards, skipping those that an interrupted run has finished.
-
-    Returns:
-      Totals: responses, response tokens, and the share that ended by itself.
-    """
-    # A continued run keeps the shard size it began with: the shards' names depend on it.
-    default = ctx.config.runtime.records_per_shard
-    per_shard = artefact.manifest.setdefault("records_per_shard", default)
-    count = -(-len(wanted) // per_shard)
-    done = writer.shards_written(artefact)
-    totals = artefact.manifest.setdefault("totals", {"responses": 0, "tokens": 0, "finished": 0})
-    progress = bar(
-        total=len(wanted), initial=totals["responses"], label=artefact.path.name, unit="responses"
-    )
-    for index in range(done, count):
-        responses = []
-        for response in sample(wanted[index * per_shard : (index + 1) * per_shard]):
-            shutdown.check()
-            responses.append(response)
-            progress.update()
-        responses.sort(key=lambda r: r.index)
-        totals["responses"] += len(responses)
-        totals["tokens"] += sum(len(r.tokens) for r in responses)
-        totals["finished"] += sum(r.finished for r in responses)
-        writer.write_shard(artefact, fields, index, count, to_records(responses))
-    progress.close()
-    writer.write_metadata(artefact, fields)
-    return {**totals, "fingerprint": writer.content_fingerprint(artefact)}

@@ -1,19 +1,42 @@
-"""`precompute`: π_ref samples, teacher and π_ref score, once. No teacher exists after this job."""
+"""`precompute`: π_ref samples, teacher and π_ref score, once. No teacher exists after this job.
 
+`heldout` (lopd.stages.heldout) is the same on other prompts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
 import numpy as np
+from absl import logging
 
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact
-from lopd.cache.schema import SCORED_FIELDS
+from lopd.cache import reader, schema, totals, writer
 from lopd.context import Context
 from lopd.errors import UserError
+from lopd.models import qwen3
 from lopd.sampling.engine import Request, Response
-from lopd.scoring import score_responses
-from lopd.stages import common
+from lopd.scoring import dispatch_scores
+from lopd.stages import common, rollouts
+from lopd.tasks import Problem
+
+SAMPLED = "sampled"
+"""Under the artefact, while models take turns: what π_ref has sampled, still without the teacher's
+scores."""
+
+GAP_BOUND = {"float32": ("max", 1e-4), "bfloat16": ("mean", 0.05)}
+"""By compute type, the most that |sampler − scorer| of π_ref's log-probabilities should be, in
+nats. Of bfloat16 only the mean says something: single tokens differ by its 8 bits of mantissa."""
 
 
 def settings(ctx: Context) -> dict:
     """What the cache depends on."""
-    return common.stage_settings(ctx, "precompute", "task", "prompt_length", "dtype")
+    shared = {}
+    if not ctx.config.precompute.prompts:  # all but the held-out ones
+        shared = {"heldout_prompts": ctx.config.heldout.prompts}
+    own = common.stage_settings(ctx, "precompute", "task", "prompt_length", "dtype")
+    return {**own, **shared, "template": ctx.tokenizer.template_fingerprint}
 
 
 def inputs(ctx: Context) -> dict:
@@ -35,58 +58,198 @@ def inputs(ctx: Context) -> dict:
     return {"teacher": teacher, "sft": sft.outputs["fingerprint"]}
 
 
+def opd_problems(ctx: Context) -> tuple[list[Problem], list[Problem]]:
+    """The OPD prompts to train on, and those held out: disjoint, drawn with the run's seed.
+
+    Held-out ones come after the training ones in the order of the draw, so that they can be added
+    to a finished cache; where training takes all prompts (`precompute.prompts=0`), they are drawn
+    from those first.
+    """
+    train, held = ctx.config.precompute.prompts, ctx.config.heldout.prompts
+    draw = ctx.seed("opd problems")
+    if train:
+        problems = list(ctx.task.problems("opd", train + held, draw))
+        return problems[:train], problems[train:]
+    problems = list(ctx.task.problems("opd", 0, draw))
+    order = np.random.default_rng(ctx.seed("heldout problems")).permutation(len(problems))
+    chosen = set(order[:held].tolist())
+    split: tuple[list, list] = ([], [])
+    for i, problem in enumerate(problems):
+        split[i in chosen].append(problem)
+    return split
+
+
 def prompts(ctx: Context) -> list[Request]:
     """One request per OPD prompt and sample."""
-    recipe = ctx.config.precompute
-    problems = ctx.task.problems("opd", recipe.prompts, ctx.seed("opd problems"))
-    return common.make_requests(ctx, problems, recipe.samples)[1]
+    return common.make_requests(ctx, opd_problems(ctx)[0], ctx.config.precompute.samples)[1]
 
 
 def run(ctx: Context, artefact: Artefact) -> dict:
-    """Samples and scores shard by shard.
+    """Samples and scores; see `sample_and_score`."""
+    return sample_and_score(ctx, artefact, "precompute", prompts(ctx))
 
-    The outputs report how far the sampler's log-probabilities (decoding with a cache) are from
-    the scorer's (the training forward) on the same tokens and weights.
-    """
-    identities = inputs(ctx)
-    ref_params = ctx.load_params("sft", "student")
-    teacher_params = ctx.load_params("teacher", "teacher")
 
-    def score(which: str, params, records: list[dict]) -> list[np.ndarray]:
-        return score_responses(
+def _dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
+    """A function from records to what gives their scores by one model, when called."""
+
+    def dispatch(records: Sequence[dict]) -> Callable[[], list[np.ndarray]]:
+        return dispatch_scores(
             ctx.model(which),
             params,
             records,
             mesh=ctx.mesh,
-            row_length=ctx.config.precompute.row_length,
+            row_length=ctx.config[section].row_length,
             rows_per_micro=ctx.config.runtime.rows_per_micro,
         )
 
-    gap = artefact.manifest.setdefault("sampler_scorer_gap", {"sum": 0.0, "max": 0.0})
+    return dispatch
 
-    def to_records(responses: list[Response]) -> list[dict]:
-        records = [common.response_record(r) for r in responses]
-        teacher_logprobs = score("teacher", teacher_params, records)
-        ref_logprobs = score("student", ref_params, records)
-        for response, record, teacher, ref in zip(
-            responses, records, teacher_logprobs, ref_logprobs, strict=True
-        ):
-            record |= {"teacher_logprobs": teacher, "ref_logprobs": ref}
-            difference = np.abs(response.logprobs - ref)
-            gap["sum"] += float(difference.sum())
-            gap["max"] = max(gap["max"], float(difference.max()))
-        return records
 
-    totals = common.write_responses(
-        ctx,
-        artefact,
-        SCORED_FIELDS,
-        prompts(ctx),
-        common.sampler(ctx, "student", ref_params, ctx.config.precompute, "precompute sampling"),
-        to_records,
+class _GapWarning:
+    """Says once, as soon as it shows, that sampler and scorer disagree by more than they should."""
+
+    def __init__(self, dtype: str):
+        self._kind, self._bound = GAP_BOUND.get(dtype, GAP_BOUND["bfloat16"])
+        self._dtype, self._said = dtype, False
+
+    def look(self, counted: dict) -> None:
+        """Looks at a shard's totals."""
+        found = totals.report(counted)["sampler_scorer_gap"][self._kind]
+        if found > self._bound and not self._said:
+            self._said = True
+            logging.warning(
+                "sampler and scorer differ by %.2g nats (%s over a shard) in their log-probs of "
+                "the same tokens and weights; in %s it should be at most %g: decoding and the "
+                "training forward disagree, the cache is not to be trusted",
+                *(found, self._kind, self._dtype, self._bound),
+            )
+
+
+def _sampling_pass(
+    ctx: Context,
+    artefact: Artefact,
+    section: str,
+    plan: rollouts.Plan,
+    teacher_params: qwen3.Params | None,
+) -> None:
+    """π_ref samples and scores, the teacher scores too if it is there, shard by shard."""
+    ref_params = ctx.load_params("sft", "student")
+    by_ref = _dispatcher(ctx, "student", ref_params, section)
+    by_teacher = teacher_params and _dispatcher(ctx, "teacher", teacher_params, section)
+    gap_warning = _GapWarning(ctx.model("student").dtype)
+
+    def score(responses: list[Response]) -> rollouts.Finish:
+        records = [rollouts.response_record(r) for r in responses]
+        ref, teacher = by_ref(records), by_teacher and by_teacher(records)
+
+        def finish() -> tuple[list[dict], dict]:
+            ref_logprobs = ref()
+            for record, logprobs in zip(records, ref_logprobs, strict=True):
+                record["ref_logprobs"] = logprobs
+            counted = totals.of_responses(records)
+            counted |= totals.of_gaps([r.logprobs for r in responses], ref_logprobs)
+            gap_warning.look(counted)
+            return _scored(records, counted, teacher()) if teacher else (records, counted)
+
+        return finish
+
+    sample = common.sampler(ctx, "student", ref_params, ctx.config[section], f"{section} sampling")
+    fields = schema.SCORED_FIELDS if teacher_params else schema.REF_SCORED_FIELDS
+    rollouts.write_responses(artefact, plan, fields, sample, score)
+
+
+def _scored(
+    records: list[dict], counted: dict, teacher_logprobs: Sequence[np.ndarray]
+) -> tuple[list[dict], dict]:
+    """Records and totals with the teacher's scores."""
+    for record, logprobs in zip(records, teacher_logprobs, strict=True):
+        record["teacher_logprobs"] = logprobs
+    return records, counted | totals.of_scores(records)
+
+
+def _teacher_pass(
+    ctx: Context, artefact: Artefact, section: str, plan: rollouts.Plan, sampled: Artefact
+) -> None:
+    """The teacher scores the shards that π_ref has sampled."""
+    dispatch = _dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
+    counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
+    with writer.ShardWriter(artefact, schema.SCORED_FIELDS, plan.count) as shards:
+        for index in plan.missing:
+            shutdown.check()
+            name = schema.shard_name(index, plan.count)
+            records = reader.read_shard(sampled, schema.REF_SCORED_FIELDS, name)
+            scores = dispatch(records)
+            shards.put(
+                index,
+                lambda records=records, name=name, scores=scores: _scored(
+                    records, counted[name], scores()
+                ),
+            )
+
+
+def resident_bytes(ctx: Context) -> int:
+    """Bytes per device that student and teacher take together while π_ref samples.
+
+    The student is there in float32, for the scoring pass that must equal training's, and in its
+    compute type for decoding if that is another; the teacher in its compute type.
+    """
+
+    def size(which: str, dtype: str) -> int:
+        model = ctx.model(which)
+        shapes = qwen3.abstract_params(model)
+        parts = jax.tree.map(
+            lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))),
+            shapes,
+            parallel.param_shardings(model, ctx.mesh),
+        )
+        return sum(jax.tree.leaves(parts)) * np.dtype(dtype).itemsize
+
+    student, teacher = ctx.model("student").dtype, ctx.model("teacher").dtype
+    decoding = 0 if student == "float32" else size("student", student)
+    return size("student", "float32") + decoding + size("teacher", teacher)
+
+
+def _fits_together(ctx: Context) -> bool:
+    """Whether student and teacher may be resident together, by plan.
+
+    A third of the memory is left to what sampling and scoring need besides weights.
+    """
+    limit = parallel.device_memory(ctx.mesh)
+    needed = resident_bytes(ctx)
+    if needed * 3 <= limit * 2:
+        return True
+    print(
+        f"student and teacher would take {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB per "
+        "device: they take turns, first all sampling, then the teacher's scores",
+        flush=True,
     )
+    return False
+
+
+def sample_and_score(
+    ctx: Context, artefact: Artefact, section: str, requests: Sequence[Request]
+) -> dict:
+    """Samples every request from π_ref by the settings of `section`, and scores the responses.
+
+    The outputs report how far the sampler's log-probabilities (decoding with a cache) are from
+    the scorer's (the training forward) on the same tokens and weights, and how consistent the
+    teacher looks.
+    """
+    plan = rollouts.make_plan(ctx, artefact, requests)
+    sampled = Artefact(artefact.path / SAMPLED)
+    if plan.missing and sampled.manifest is None and _fits_together(ctx):
+        _sampling_pass(ctx, artefact, section, plan, ctx.load_params("teacher", "teacher"))
+    elif plan.missing:
+        sampled.begin(SAMPLED, artefact.manifest["settings"], artefact.manifest["inputs"])
+        todo = set(rollouts.make_plan(ctx, sampled, requests).missing) & {*plan.missing}
+        first = dataclasses.replace(plan, missing=sorted(todo))
+        if first.missing:
+            _sampling_pass(ctx, sampled, section, first, None)
+        _teacher_pass(ctx, artefact, section, plan, sampled)
+    if sampled.path.exists():
+        sampled.path.rmtree()
     return {
-        **totals,
-        **identities,
-        "sampler_scorer_gap": {"mean": gap["sum"] / totals["tokens"], "max": gap["max"]},
+        **rollouts.finish(ctx, artefact, schema.SCORED_FIELDS),
+        **inputs(ctx),
+        "tokenizer": ctx.tokenizer_source,
     }

@@ -1,15 +1,17 @@
 """`sft_data`: the teacher answers the SFT prompts."""
 
 from lopd.artefact import Artefact
+from lopd.cache import totals
 from lopd.cache.schema import RESPONSE_FIELDS
 from lopd.context import Context
-from lopd.sampling.engine import Request
-from lopd.stages import common
+from lopd.sampling.engine import Request, Response
+from lopd.stages import common, rollouts
 
 
 def settings(ctx: Context) -> dict:
     """What the data depends on."""
-    return common.stage_settings(ctx, "sft_data", "task", "prompt_length", "dtype")
+    own = common.stage_settings(ctx, "sft_data", "task", "prompt_length", "dtype")
+    return {**own, "template": ctx.tokenizer.template_fingerprint}
 
 
 def inputs(ctx: Context) -> dict:
@@ -26,13 +28,18 @@ def prompts(ctx: Context) -> list[Request]:
 
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and stores; `teacher` in the outputs says who wrote the data."""
-    params = ctx.load_params("teacher", "teacher")
-    totals = common.write_responses(
-        ctx,
-        artefact,
-        RESPONSE_FIELDS,
-        prompts(ctx),
-        common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling"),
-        lambda responses: [common.response_record(r) for r in responses],
-    )
-    return {**totals, "teacher": inputs(ctx)["teacher"]}
+    plan = rollouts.make_plan(ctx, artefact, prompts(ctx))
+
+    def store(responses: list[Response]) -> rollouts.Finish:
+        records = [rollouts.response_record(r) for r in responses]
+        return lambda: (records, totals.of_responses(records))
+
+    if plan.missing:
+        params = ctx.load_params("teacher", "teacher")
+        sample = common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling")
+        rollouts.write_responses(artefact, plan, RESPONSE_FIELDS, sample, store)
+    return {
+        **rollouts.finish(ctx, artefact, RESPONSE_FIELDS),
+        **inputs(ctx),
+        "tokenizer": ctx.tokenizer_source,
+    }
