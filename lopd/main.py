@@ -20,7 +20,7 @@ STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by 
 WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line."""
     try:
         return flags.FLAGS(argv)
@@ -81,4 +81,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

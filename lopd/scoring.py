@@ -33,6 +33,10 @@ class TokenScores:
     """Entropy of π(· | prefix) in nats; carries no gradient."""
     mean_logprob: jax.Array
     """Mean of log π over the vocabulary, as label smoothing needs it."""
+    topk_ids: jax.Array | None = None
+    """int32 [B, T, k], the most likely tokens, best first, when asked for."""
+    topk_logprobs: jax.Array | None = None
+    """float32 [B, T, k], their log π; carries no gradient."""
 
 
 def _chunk_length(batch: int, length: int) -> int:
@@ -143,14 +147,14 @@ def token_scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score_rows(config: qwen3.Qwen3Config, params: qwen3.Params, rows: dict) -> jax.Array:
+def _score_rows(config: qwen3.Qwen3Config, params: qwen3.Params, rows: dict) -> TokenScores:
     hidden, _ = qwen3.forward(
         config, params, rows["tokens"], rows["positions"], rows["segment_ids"]
     )
-    return token_scores(hidden, qwen3.output_head(params), rows["targets"]).logprobs
+    return token_scores(hidden, qwen3.output_head(params), rows["targets"])
 
 
-def dispatch_scores(
+def dispatch_records(
     config: qwen3.Qwen3Config,
     params: qwen3.Params,
     records: Sequence[Mapping],
@@ -158,8 +162,8 @@ def dispatch_scores(
     mesh: Mesh,
     row_length: int,
     rows_per_micro: int,
-) -> Callable[[], list[np.ndarray]]:
-    """Starts `score_responses` on the devices; calling what it returns waits for the result."""
+) -> Callable[[], list[TokenScores]]:
+    """Starts `score_records` on the devices; calling what it returns waits for the result."""
     arrays, spans = pack(records, row_length)
     del arrays["mask"]
     arrays = pad_rows(arrays, -(-len(arrays["tokens"]) // rows_per_micro) * rows_per_micro)
@@ -169,9 +173,9 @@ def dispatch_scores(
         rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
         scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
 
-    def read() -> list[np.ndarray]:
-        logprobs = np.concatenate(jax.device_get(scored))
-        return [span.read(logprobs) for span in spans]
+    def read() -> list[TokenScores]:
+        scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))
+        return [jax.tree.map(span.read, scores) for span in spans]
 
     return read
 
@@ -201,4 +205,4 @@ def score_responses(
       One float32 array [R_i] per record, in order.
     """
     limits = {"mesh": mesh, "row_length": row_length, "rows_per_micro": rows_per_micro}
-    return dispatch_scores(config, params, records, **limits)()
+    return [s.logprobs for s in dispatch_records(config, params, records, **limits)()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lopd.artefact import Artefact
-from lopd.cache import schema, writer
+from lopd.cache import schema, totals, writer
 from lopd.cache.reader import Records, verify
 from lopd.errors import UserError
 
@@ -31,8 +31,10 @@ def make_cache(path, shards=3, per_shard=4) -> Artefact:
     artefact.begin("precompute", {}, {})
     for s in range(shards):
         records = [record(s * per_shard + i) for i in range(per_shard)]
-        writer.write_shard(artefact, schema.SCORED_FIELDS, s, shards, records)
-    writer.write_metadata(artefact, schema.SCORED_FIELDS)
+        writer.write_shard(
+            artefact, schema.SCORED_FIELDS, s, shards, records, totals.of_responses(records)
+        )
+    writer.write_metadata(artefact)
     artefact.finish({})
     return artefact
 
@@ -92,10 +94,10 @@ def test_what_is_no_logprob_is_refused(tmp_path, field, value):
     bad[field] = bad[field].copy()
     bad[field][1] = value
     with pytest.raises(UserError, match=f"record 0: {field}"):
-        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad])
+        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad], {})
     bad[field] = bad[field][:-1]
     with pytest.raises(UserError, match=f"{field} has 3 values for 4 tokens"):
-        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad])
+        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad], {})
     assert "shards" not in artefact.manifest
 
 
@@ -103,12 +105,12 @@ def test_only_listed_shards_count(tmp_path):
     """A crash between rename and listing leaves a file that is made again, not trusted."""
     artefact = Artefact(tmp_path)
     artefact.begin("precompute", {}, {})
-    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 2, [record(0)])
+    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 2, [record(0)], {})
     (tmp_path / schema.shard_name(1, 2)).write_bytes(b"half a shard")
     resumed = Artefact(tmp_path)
     assert writer.missing_shards(resumed, 2) == [1]
-    writer.write_shard(resumed, schema.SCORED_FIELDS, 1, 2, [record(1)])
-    writer.write_metadata(resumed, schema.SCORED_FIELDS)
+    writer.write_shard(resumed, schema.SCORED_FIELDS, 1, 2, [record(1)], {})
+    writer.write_metadata(resumed)
     verify(Artefact(tmp_path))
 
 
@@ -120,7 +122,7 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
     artefact.begin("precompute", {}, {})
     records = [record(i) for i in range(12)]
     records[7]["teacher_logprobs"] = np.nextafter(records[7]["teacher_logprobs"], np.float32(-9))
-    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, records)
+    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, records, {})
     assert writer.content_fingerprint(artefact) != expected
 
 

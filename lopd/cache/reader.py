@@ -56,7 +56,7 @@ def _local(path: epath.Path) -> Iterator[epath.Path]:
         yield path.copy(epath.Path(folder) / path.name)
 
 
-def read_shard(artefact: Artefact, fields: dict, name: str) -> list[dict]:
+def read_shard(artefact: Artefact, name: str) -> list[dict]:
     """The records of one shard that the manifest lists, in order.
 
     Raises:
@@ -66,13 +66,46 @@ def read_shard(artefact: Artefact, fields: dict, name: str) -> list[dict]:
     path = artefact.path / name
     if damage := _damage(path, entry):
         raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
-    features = schema.features(fields)
+    features = schema.features(schema.from_description(artefact.manifest["fields"]))
     with _local(path) as file:
         reader = array_record_module.ArrayRecordReader(str(file))
         try:
             return [features.deserialize_example_np(data) for data in reader.read_all()]
         finally:
             reader.close()
+
+
+def verify_records(artefact: Artefact) -> int:
+    """`verify`, and every record: decoded, checked, and with the others what the manifest says.
+
+    Returns:
+      The number of records.
+
+    Raises:
+      UserError: naming what is wrong.
+    """
+    verify(artefact)
+    seen: set[tuple[int, int]] = set()
+    for shard in artefact.manifest["shards"]:
+        path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])
+        for i, record in enumerate(records):
+            schema.check_record(record, f"{path}, record {i}")
+            key = (int(record["prompt_id"]), int(record["sample_id"]))
+            if key in seen:
+                raise UserError(
+                    f"{path}, record {i}: prompt {key[0]}, sample {key[1]} is there twice"
+                )
+            seen.add(key)
+        digest = f"{schema.content_digest(records):064x}"
+        if len(records) != shard["records"] or digest != shard["content"]:
+            raise UserError(f"{path}: {len(records)} records that are not those of the manifest")
+    promised = artefact.outputs.get("responses", len(seen))
+    if len(Records(artefact)) != len(seen) or len(seen) != promised:
+        raise UserError(
+            f"{artefact.path}: its shards hold {len(seen)} records, its metadata "
+            f"{len(Records(artefact))}, its manifest {promised}"
+        )
+    return len(seen)
 
 
 class Records:

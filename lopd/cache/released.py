@@ -169,9 +169,5 @@ def import_released(
         ]
         counted = totals.of_responses(scored) | totals.of_scores(scored)
         writer.write_shard(artefact, FIELDS, index, count, scored, counted)
-    writer.write_metadata(artefact, FIELDS)
-    return {
-        **totals.report(totals.add(artefact.manifest["shards"])),
-        "fingerprint": writer.content_fingerprint(artefact),
-        "imported": dataclasses.asdict(report),
-    }
+    writer.write_metadata(artefact)
+    return {**writer.outputs(artefact), "imported": dataclasses.asdict(report)}

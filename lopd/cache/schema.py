@@ -102,10 +102,17 @@ def check_record(record: dict, where: str) -> None:
         _check_top_k(record, where)
 
 
-def fields_of(names: Sequence[str], top_k: int = 0) -> dict:
-    """The fields with these names, of which the last two hold `top_k` tokens."""
-    known = SCORED_FIELDS | top_k_fields(top_k)
-    return {name: known[name] for name in known if name in names}
+def describe(fields: dict) -> dict:
+    """The fields as a manifest has them: name → [dtype, shape]."""
+    return {name: [np.dtype(f.np_dtype).name, list(f.shape)] for name, f in fields.items()}
+
+
+def from_description(description: dict) -> dict:
+    """The inverse of `describe`."""
+    return {
+        name: tfds.features.Tensor(shape=tuple(shape), dtype=np.dtype(dtype))
+        for name, (dtype, shape) in description.items()
+    }
 
 
 _DTYPES = {name: field.np_dtype for name, field in (SCORED_FIELDS | top_k_fields(1)).items()}

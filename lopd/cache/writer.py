@@ -1,7 +1,6 @@
 """Writing shards so that a crash at any instant leaves only whole ones."""
 
 import errno
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from lopd.artefact import Artefact, file_sha256, is_local, sync
-from lopd.cache import schema
+from lopd.cache import schema, totals
+from lopd.errors import UserError
 
 METADATA = ("features.json", "dataset_info.json")
 """The files by which TFDS knows the directory."""
@@ -50,15 +50,21 @@ def _entry(path: epath.Path) -> dict:
     return {"name": path.name, "bytes": path.stat().length, "sha256": file_sha256(path)}
 
 
+def _list(artefact: Artefact, entry: dict) -> None:
+    shards = [s for s in artefact.manifest.get("shards", []) if s["name"] != entry["name"]]
+    artefact.manifest["shards"] = sorted([*shards, entry], key=lambda s: s["name"])
+    artefact.save()
+
+
 def write_shard(
     artefact: Artefact,
     fields: dict,
     index: int,
     count: int,
     records: Sequence[dict],
-    totals: dict | None = None,
+    counted: dict,
 ) -> None:
-    """Writes shard `index` of `count` and lists it in the manifest, with its `totals`.
+    """Writes shard `index` of `count` and lists it in the manifest, with its totals `counted`.
 
     The order is what makes it safe: write a temporary file, close, reopen and count, flush,
     rename, list. Shards may come in any order; the manifest lists them in theirs.
@@ -68,6 +74,8 @@ def write_shard(
         schema.check_record(record, f"shard {index}, record {i}")
     serialized = [features.serialize_example(record) for record in records]
     path = artefact.path / schema.shard_name(index, count)
+    content = f"{schema.content_digest(records):064x}"
+    about = {"name": path.name, "records": len(records), "content": content, "totals": counted}
     if is_local(path):
         temporary = path.parent / f"{path.name}.tmp"
         _write_records(temporary, serialized)
@@ -79,17 +87,27 @@ def write_shard(
             temporary = epath.Path(folder) / path.name
             _write_records(temporary, serialized)
             entry = _entry(temporary)
-            with temporary.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 22)
-    entry |= {
-        "name": path.name,
-        "records": len(records),
-        "content": f"{schema.content_digest(records):064x}",
-        "totals": totals or {},
-    }
-    shards = [s for s in artefact.manifest.get("shards", []) if s["name"] != path.name]
-    artefact.manifest["shards"] = sorted([*shards, entry], key=lambda s: s["name"])
-    artefact.save()
+            temporary.copy(path, overwrite=True)
+    artefact.manifest["fields"] = schema.describe(fields)
+    _list(artefact, entry | about)
+
+
+def copy_shard(artefact: Artefact, source: epath.Path, entry: dict) -> None:
+    """Copies a shard of another artefact, whose manifest's `entry` it is, and lists it.
+
+    Raises:
+      UserError: if the copy is not what the entry says.
+    """
+    path = artefact.path / entry["name"]
+    temporary = path.parent / f"{path.name}.tmp"
+    source.copy(temporary, overwrite=True)
+    found = _entry(temporary)
+    if any(found[key] != entry[key] for key in ("bytes", "sha256")):
+        raise UserError(f"{source} is damaged (size or checksum differs from its manifest)")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+    _list(artefact, entry)
 
 
 class ShardWriter:
@@ -113,8 +131,8 @@ class ShardWriter:
         """
 
         def write() -> None:
-            records, totals = make()
-            write_shard(self._artefact, self._fields, index, self._count, records, totals)
+            records, counted = make()
+            write_shard(self._artefact, self._fields, index, self._count, records, counted)
 
         self._wait()
         self._last = self._thread.submit(write)
@@ -144,15 +162,22 @@ def content_fingerprint(artefact: Artefact) -> str:
     return f"{total:064x}"[:16]
 
 
+def outputs(artefact: Artefact) -> dict:
+    """What the shards that a manifest lists amount to, and their identity."""
+    summed = totals.add(artefact.manifest["shards"])
+    return {**totals.report(summed), "fingerprint": content_fingerprint(artefact)}
+
+
 def missing_shards(artefact: Artefact, count: int) -> list[int]:
     """The shards, of `count`, that the manifest does not list yet."""
     listed = {shard["name"] for shard in artefact.manifest.get("shards", [])}
     return [i for i in range(count) if schema.shard_name(i, count) not in listed]
 
 
-def write_metadata(artefact: Artefact, fields: dict) -> None:
+def write_metadata(artefact: Artefact) -> None:
     """Adds the TFDS files once all shards are there, and lists them, so that TFDS opens it."""
     shards = artefact.manifest["shards"]
+    fields = schema.from_description(artefact.manifest["fields"])
     tfds.folder_dataset.write_metadata(
         data_dir=artefact.path,
         features=schema.features(fields),

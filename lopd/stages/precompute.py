@@ -17,7 +17,7 @@ from lopd.context import Context
 from lopd.errors import UserError
 from lopd.models import qwen3
 from lopd.sampling.engine import Request, Response
-from lopd.scoring import dispatch_scores
+from lopd.scoring import TokenScores, dispatch_records
 from lopd.stages import common, rollouts
 from lopd.tasks import Problem
 
@@ -92,8 +92,8 @@ def run(ctx: Context, artefact: Artefact) -> dict:
 def _dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
     """A function from records to what gives their scores by one model, when called."""
 
-    def dispatch(records: Sequence[dict]) -> Callable[[], list[np.ndarray]]:
-        return dispatch_scores(
+    def dispatch(records: Sequence[dict]) -> Callable[[], list[TokenScores]]:
+        return dispatch_records(
             ctx.model(which),
             params,
             records,
@@ -143,7 +143,7 @@ def _sampling_pass(
         ref, teacher = by_ref(records), by_teacher and by_teacher(records)
 
         def finish() -> tuple[list[dict], dict]:
-            ref_logprobs = ref()
+            ref_logprobs = [scores.logprobs for scores in ref()]
             for record, logprobs in zip(records, ref_logprobs, strict=True):
                 record["ref_logprobs"] = logprobs
             counted = totals.of_responses(records)
@@ -159,11 +159,14 @@ def _sampling_pass(
 
 
 def _scored(
-    records: list[dict], counted: dict, teacher_logprobs: Sequence[np.ndarray]
+    records: list[dict], counted: dict, by_teacher: Sequence[TokenScores]
 ) -> tuple[list[dict], dict]:
     """Records and totals with the teacher's scores."""
-    for record, logprobs in zip(records, teacher_logprobs, strict=True):
-        record["teacher_logprobs"] = logprobs
+    for record, scores in zip(records, by_teacher, strict=True):
+        record["teacher_logprobs"] = scores.logprobs
+        if scores.topk_ids is not None:
+            record["teacher_topk_ids"] = scores.topk_ids
+            record["teacher_topk_logprobs"] = scores.topk_logprobs
     return records, counted | totals.of_scores(records)
 
 
@@ -177,7 +180,7 @@ def _teacher_pass(
         for index in plan.missing:
             shutdown.check()
             name = schema.shard_name(index, plan.count)
-            records = reader.read_shard(sampled, schema.REF_SCORED_FIELDS, name)
+            records = reader.read_shard(sampled, name)
             scores = dispatch(records)
             shards.put(
                 index,
@@ -249,7 +252,7 @@ def sample_and_score(
     if sampled.path.exists():
         sampled.path.rmtree()
     return {
-        **rollouts.finish(ctx, artefact, schema.SCORED_FIELDS),
+        **rollouts.finish(ctx, artefact),
         **inputs(ctx),
         "tokenizer": ctx.tokenizer_source,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from lopd import shutdown
 from lopd.artefact import Artefact
-from lopd.cache import totals, writer
+from lopd.cache import writer
 from lopd.context import Context
 from lopd.errors import UserError
 from lopd.progress import bar
@@ -152,14 +152,8 @@ def write_responses(
     shutdown.check()
 
 
-def finish(ctx: Context, artefact: Artefact, fields: dict) -> dict:
+def finish(ctx: Context, artefact: Artefact) -> dict:
     """Makes the shards a dataset, unless they are a worker's part; returns what they amount to."""
     if not ctx.worker:
-        writer.write_metadata(artefact, fields)
-    return outputs(artefact)
-
-
-def outputs(artefact: Artefact) -> dict:
-    """What the shards that a manifest lists amount to, and their identity."""
-    totals_of_all = totals.add(artefact.manifest["shards"])
-    return {**totals.report(totals_of_all), "fingerprint": writer.content_fingerprint(artefact)}
+        writer.write_metadata(artefact)
+    return writer.outputs(artefact)

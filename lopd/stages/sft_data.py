@@ -39,7 +39,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         sample = common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling")
         rollouts.write_responses(artefact, plan, RESPONSE_FIELDS, sample, store)
     return {
-        **rollouts.finish(ctx, artefact, RESPONSE_FIELDS),
+        **rollouts.finish(ctx, artefact),
         **inputs(ctx),
         "tokenizer": ctx.tokenizer_source,
     }

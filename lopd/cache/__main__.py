@@ -1,0 +1,140 @@
+"""`python -m lopd.cache COMMAND`: look after finished caches. Errors are one line, exit code 2.
+
+verify DIR             every file against the manifest, every record against the schema
+summary DIR            lengths, log-probabilities, teacher against π_ref, by position
+show DIR               records as text, with each token's advantage
+merge OUT PART...      joins what workers made (lopd.main --worker=i/N)
+to-parquet DIR FILE    a cache as one Parquet file
+from-parquet FILE DIR  and back
+import-released FILE DIR --config=C [--config.key=value...]
+                       the Parquet of the authors' released code as a cache for opd.cache
+"""
+
+import argparse
+import sys
+
+from absl import logging
+from etils import epath
+
+from lopd import shutdown
+from lopd.artefact import open_complete
+from lopd.errors import UserError
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from lopd.cache import reader
+
+    artefact = open_complete(args.dir, "the cache")
+    count = reader.verify_records(artefact)
+    print(
+        f"{artefact.path}: {count} records in {len(artefact.manifest['shards'])} shards, all right"
+    )
+
+
+def _summary(args: argparse.Namespace) -> None:
+    from lopd.cache import summary
+
+    print(summary.summarize(open_complete(args.dir, "the cache")))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from lopd.cache import summary
+    from lopd.cache.reader import Records
+    from lopd.data.tokenizers import load_tokenizer
+    from lopd.models import hf
+
+    artefact = open_complete(args.dir, "the cache")
+    source = args.tokenizer or artefact.outputs.get("tokenizer")
+    if not source:
+        raise UserError(f"{artefact.path} does not say which tokenizer it is of: give --tokenizer")
+    try:
+        tokenizer = load_tokenizer(source)
+    except UserError:
+        tokenizer = load_tokenizer(hf.resolve_checkpoint(source))
+    made_with = artefact.manifest["settings"]["tokenizer"]
+    if tokenizer.fingerprint != made_with:
+        raise UserError(
+            f"tokenizer {source} has fingerprint {tokenizer.fingerprint}, {artefact.path} was made "
+            f"with {made_with}: give that one with --tokenizer"
+        )
+    records = Records(artefact)
+    if not 0 <= args.record < len(records):
+        raise UserError(f"--record={args.record}: {artefact.path} holds {len(records)} records")
+    for i in range(args.record, min(args.record + args.count, len(records))):
+        print(summary.show_record(records[i], tokenizer, colour=sys.stdout.isatty()))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from lopd.cache import merge
+
+    artefact = merge.merge(args.out, args.parts)
+    print(f"{artefact.path}: {artefact.outputs['responses']} responses")
+
+
+def _to_parquet(args: argparse.Namespace) -> None:
+    from lopd.cache import parquet
+
+    parquet.to_parquet(open_complete(args.dir, "the cache"), epath.Path(args.file))
+
+
+def _from_parquet(args: argparse.Namespace) -> None:
+    from lopd.cache import parquet
+
+    parquet.from_parquet(epath.Path(args.file), args.dir)
+
+
+def _import_released(args: argparse.Namespace) -> None:
+    from lopd import main
+    from lopd.stages import released
+
+    main.parse_flags(["lopd.cache", *args.settings])
+    if main.CONFIG.value is None:
+        raise UserError("import-released needs --config=FILE, as lopd.main does")
+    print(released.run(main.CONFIG.value, args.file, args.dir))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m lopd.cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, *names: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, allow_abbrev=False)
+        for argument in names:
+            sub.add_argument(argument)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("verify", _verify, "dir")
+    command("summary", _summary, "dir")
+    show = command("show", _show, "dir")
+    show.add_argument("--record", type=int, default=0, help="the first to show")
+    show.add_argument("--count", type=int, default=1, help="how many")
+    show.add_argument("--tokenizer", default="", help="instead of the one the manifest names")
+    command("merge", _merge, "out").add_argument("parts", nargs="+")
+    command("to-parquet", _to_parquet, "dir", "file")
+    command("from-parquet", _from_parquet, "file", "dir")
+    command("import-released", _import_released, "file", "dir")
+    return parser
+
+
+def main() -> None:
+    """Runs one command."""
+    logging.set_verbosity(logging.WARNING)
+    args, settings = _parser().parse_known_args()
+    if settings and args.command != "import-released":
+        _parser().error(f"unrecognized arguments: {' '.join(settings)}")
+    args.settings = settings
+    try:
+        args.run(args)
+    except (UserError, OSError) as error:
+        print(f"lopd: error: {error}", file=sys.stderr)
+        sys.exit(shutdown.EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()
