@@ -1,0 +1,473 @@
+"""The precompute job: what it makes must not depend on how, when and where it was interrupted.
+
+`LOPD_KILLS=20 pytest tests/test_precompute.py -k killed` kills more often than CI has time for.
+"""
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import pathlib
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_params
+
+from lopd import config as lopd_config
+from lopd import parallel, pipeline, shutdown
+from lopd.artefact import Artefact
+from lopd.cache import merge, reader, schema, totals, writer
+from lopd.cache.reader import Records
+from lopd.context import PARAMS, Context
+from lopd.errors import UserError
+from lopd.fingerprint import params_fingerprint
+from lopd.sampling.engine import Request, Response
+from lopd.stages import heldout, precompute, rollouts
+from lopd.training import checkpoints
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+SETTINGS = {
+    "precompute.prompts": 40,
+    "heldout.prompts": 12,
+    "runtime.slots": 8,
+    "runtime.prefill_batch": 8,
+    "runtime.records_per_shard": 8,
+}
+
+
+def tiny_config(**changes):
+    config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    config.update_from_flattened_dict(SETTINGS | changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher and a π_ref, as their stages would have left them: untrained weights."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_config()
+    ctx = Context(config, folder, parallel.make_mesh(config.mesh.to_dict()))
+    teacher = None
+    for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
+        params = random_params(ctx.model(which), seed)
+        params = jax.device_put(params, parallel.param_shardings(ctx.model(which), ctx.mesh))
+        artefact = Artefact(folder / stage)
+        artefact.begin(stage, {}, {})
+        checkpoints.save_params(artefact.path / PARAMS, params)
+        fingerprint = params_fingerprint(params)
+        teacher = teacher or fingerprint
+        outputs = {"model": dataclasses.asdict(ctx.model(which)), "fingerprint": fingerprint}
+        artefact.finish(outputs | {"teacher": teacher})
+    return folder
+
+
+def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
+    """The stages in this process; returns the artefact of the last."""
+    given = {"teacher__checkpoint": str(models / "teacher"), "sft__checkpoint": str(models / "sft")}
+    config = tiny_config(**given, **changes)
+    pipeline.run(config, str(workdir), stages, worker)
+    part = "-{}-of-{}".format(*worker) if worker else ""
+    return Artefact(workdir / f"{stages[-1]}{part}")
+
+
+def content(artefact: Artefact) -> dict:
+    """All that must be alike of two caches that hold the same."""
+    manifest = json.loads(json.dumps(artefact.manifest))
+    assert manifest["complete"]
+    for entry in [*manifest["shards"], *manifest["metadata"]]:
+        del entry["sha256"], entry["bytes"]  # serialised fields may come in another order
+    return {key: value for key, value in manifest.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """An uninterrupted run."""
+    return run(models, tmp_path_factory.mktemp("whole"), "precompute")
+
+
+def test_records_are_what_they_say(whole, models):
+    """Lengths, ids and ends of every record, and the totals over them."""
+    records = list(Records(whole))
+    assert [r["sample_id"] for r in records] == [0] * 40
+    assert len({int(r["prompt_id"]) for r in records}) == 40
+    end = 1
+    for r in records:
+        assert (r["response_tokens"][:-1] != end).all()
+        assert r["finished"] == (r["response_tokens"][-1] == end)
+        assert r["finished"] or len(r["response_tokens"]) == 40
+    outputs = whole.outputs
+    assert outputs["responses"] == 40
+    assert outputs["tokens"] == sum(len(r["response_tokens"]) for r in records)
+    ratio = np.concatenate([r["teacher_logprobs"] - r["ref_logprobs"] for r in records])
+    consistency = outputs["teacher_consistency"]
+    assert consistency["mean_log_ratio"] == pytest.approx(ratio.mean(), rel=1e-4)
+    assert consistency["far"] == pytest.approx((np.abs(ratio) > 1).mean())
+    assert outputs["sampler_scorer_gap"]["max"] < 1e-4
+    for name in ("teacher", "sft"):
+        assert outputs[name] == Artefact(models / name).outputs["fingerprint"]
+
+
+def test_content_does_not_depend_on_slots(models, whole, tmp_path):
+    changes = {"runtime__slots": 32, "runtime__decode_steps": 3}
+    assert content(run(models, tmp_path, "precompute", **changes)) == content(whole)
+
+
+def test_workers_merged_are_the_single_run(models, whole, tmp_path):
+    parts = [run(models, tmp_path, "precompute", worker=(i, 3)).path for i in range(3)]
+    held = [len(Artefact(p).manifest["shards"]) for p in parts]
+    assert held == [1, 2, 2]
+    with pytest.raises(UserError, match=r"2 of 5 shards are missing, the first 1"):
+        merge.merge(tmp_path / "m", [parts[0], parts[2]])
+    with pytest.raises(UserError, match="hold the same prompts"):
+        merge.merge(tmp_path / "m", [*parts, parts[1]])
+    with pytest.raises(UserError, match="no worker's part"):
+        merge.merge(tmp_path / "m", [whole.path])
+    with pytest.raises(UserError, match="a worker's part of a cache: join"):
+        Records(Artefact(parts[0]))
+    merged = merge.merge(tmp_path / "precompute", parts[::-1])
+    assert content(merged) == content(whole)
+    assert reader.verify_records(merged) == 40
+    other = run(models, tmp_path / "other", "precompute", worker=(1, 3), precompute__top_p=0.5)
+    with pytest.raises(UserError, match=r"not parts of one cache: settings.precompute.top_p"):
+        merge.merge(tmp_path / "m", [parts[0], other.path, parts[2]])
+    with pytest.raises(UserError, match=r"--worker=5/6: 40 responses are only 5 shards"):
+        run(models, tmp_path, "precompute", worker=(5, 6))
+    with pytest.raises(UserError, match="--worker splits sft_data, precompute, heldout only"):
+        run(models, tmp_path, "precompute", "opd", worker=(0, 2))
+
+
+def test_an_interrupted_merge_is_continued(models, whole, tmp_path, monkeypatch):
+    parts = [run(models, tmp_path, "precompute", worker=(i, 2)).path for i in range(2)]
+    copy, calls = writer.copy_shard, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(*args)
+
+    monkeypatch.setattr(writer, "copy_shard", failing)
+    with pytest.raises(OSError, match="No space left"):
+        merge.merge(tmp_path / "m", parts)
+    assert len(Artefact(tmp_path / "m").manifest["shards"]) == 3
+    assert content(merge.merge(tmp_path / "m", parts)) == content(whole)
+    assert next(calls) == 6  # the three that were there were not copied again
+
+
+def test_models_in_turns_make_the_same(models, whole, tmp_path, monkeypatch, capsys):
+    """Too little memory for both: all sampling, then the teacher; also after a stop between."""
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1)
+    load, loaded = Context.load_params, []
+
+    def failing(ctx, stage, which):
+        loaded.append(stage)
+        if loaded == ["sft", "teacher"]:
+            raise KeyboardInterrupt
+        return load(ctx, stage, which)
+
+    monkeypatch.setattr(Context, "load_params", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path, "precompute")
+    assert "student and teacher would take" in capsys.readouterr().out
+    waiting = reader.read_shard(
+        Artefact(tmp_path / "precompute" / precompute.SAMPLED), schema.shard_name(3, 5)
+    )
+    assert "ref_logprobs" in waiting[0] and "teacher_logprobs" not in waiting[0]
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 2**40)  # goes on as it began
+    assert content(run(models, tmp_path, "precompute")) == content(whole)
+    assert loaded == ["sft", "teacher", "teacher"]  # nothing was sampled again
+    assert not (tmp_path / "precompute" / precompute.SAMPLED).exists()
+
+
+def test_resident_bytes_counts_every_copy(models):
+    config = tiny_config()
+    sizes = {which: 0 for which in ("teacher", "student")}
+    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    for which in sizes:
+        leaves = jax.tree.leaves(random_params(ctx.model(which), 0))
+        sizes[which] = sum(leaf.size for leaf in leaves)
+    assert precompute.resident_bytes(ctx) == 4 * (sizes["teacher"] + sizes["student"])
+    half = dataclasses.replace(ctx, config=tiny_config(dtype="bfloat16"))
+    assert precompute.resident_bytes(half) == 2 * sizes["teacher"] + 6 * sizes["student"]
+
+
+def test_heldout_is_disjoint_and_of_the_same_schema(models, whole, tmp_path):
+    held = run(models, tmp_path, "heldout")
+    records = list(Records(held))
+    assert len(records) == 12
+    trained = {r["prompt_tokens"].tobytes() for r in Records(whole)}
+    assert not trained & {r["prompt_tokens"].tobytes() for r in records}
+    assert held.manifest["fields"] == whole.manifest["fields"]
+    for r in records:  # drawn from the distribution that they are scored by
+        np.testing.assert_allclose(r["behaviour_logprobs"], r["ref_logprobs"], atol=1e-4)
+
+
+def test_heldout_leaves_out_what_a_given_cache_holds(models, tmp_path):
+    """A cache from elsewhere may hold any prompt: here, those that would be held out."""
+    more = run(models, tmp_path, "precompute", precompute__prompts=46)
+    config = tiny_config(opd__cache=str(more.path), sft__checkpoint=str(models / "sft"))
+    ctx = Context(config, tmp_path, parallel.make_mesh(config.mesh.to_dict()))
+    assert len(heldout.prompts(ctx)) == 6
+
+
+def test_all_prompts_means_all_but_the_held_out(models, monkeypatch):
+    """`precompute.prompts=0`, as of a file of problems."""
+    config = tiny_config(precompute__prompts=0)
+    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    every = list(ctx.task.problems("opd", 50, 0))
+    monkeypatch.setattr(type(ctx.task), "problems", lambda *args: iter(every))
+    train, held = precompute.opd_problems(ctx)
+    assert (len(train), len(held)) == (38, 12)
+    assert sorted(p.problem_id for p in train + held) == sorted(p.problem_id for p in every)
+    assert precompute.settings(ctx)["heldout_prompts"] == 12
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("temperature", 0.8), ("top_p", 0.9), ("prompts", 0)]
+)
+def test_heldout_must_be_of_the_reference_itself(setting, value):
+    config = tiny_config(**{f"heldout__{setting}": value})
+    with pytest.raises(UserError, match=f"heldout.{setting}={value}"):
+        lopd_config.validate(config, ("heldout",))
+
+
+def test_changed_prompts_are_refused(models, tmp_path):
+    config = tiny_config()
+    ctx = Context(config, tmp_path, parallel.make_mesh(config.mesh.to_dict()))
+    artefact = Artefact(tmp_path / "precompute")
+    artefact.begin("precompute", {}, {})
+    requests = [Request(i, 0, [3, 4, i]) for i in range(20)]
+    assert rollouts.make_plan(ctx, artefact, requests).missing == [0, 1, 2]
+    requests[7] = Request(7, 0, [3, 4, 9])
+    with pytest.raises(UserError, match="was begun with other prompts"):
+        rollouts.make_plan(ctx, artefact, requests)
+
+
+def test_a_gap_between_sampler_and_scorer_is_said_once(models, tmp_path, monkeypatch, caplog):
+    dispatch = precompute.dispatch_records
+
+    def off(*args, **kwargs):
+        read = dispatch(*args, **kwargs)
+        return lambda: [s.replace(logprobs=s.logprobs - 0.01) for s in read()]
+
+    monkeypatch.setattr(precompute, "dispatch_records", off)
+    artefact = run(models, tmp_path, "precompute", precompute__prompts=16)
+    (message,) = [r.getMessage() for r in caplog.records if "sampler and scorer" in r.getMessage()]
+    assert "differ by 0.01 nats (max over a shard)" in message and "at most 0.0001" in message
+    assert artefact.outputs["sampler_scorer_gap"]["mean"] == pytest.approx(0.01, rel=1e-2)
+
+
+# The job's own mechanics, with a sampler that the test controls.
+
+
+def fake_plan(ctx, artefact, count=24):
+    requests = [Request(i, 0, [3, 4]) for i in range(count)]
+    return rollouts.make_plan(ctx, artefact, requests)
+
+
+def fake_response(index: int, request: Request) -> Response:
+    n = 1 + index % 3
+    logprobs = np.full(n, -0.5 - request.prompt_id, np.float32)
+    tokens = np.full(n, request.prompt_id, np.int32)
+    return Response(index, request, tokens, logprobs, logprobs, finished=True)
+
+
+def store(responses):
+    records = [rollouts.response_record(r) for r in responses]
+    return lambda: (records, totals.of_responses(records))
+
+
+@pytest.fixture
+def job(models, tmp_path):
+    ctx = Context(tiny_config(), tmp_path, None)
+    artefact = Artefact(tmp_path / "sft_data")
+    artefact.begin("sft_data", {}, {})
+    return ctx, artefact
+
+
+def write(ctx, artefact, sample):
+    plan = fake_plan(ctx, artefact)
+    rollouts.write_responses(artefact, plan, schema.RESPONSE_FIELDS, sample, store)
+
+
+def test_one_stream_fills_shards_in_any_order(job):
+    ctx, artefact = job
+    streams, order = [], random.Random(0).sample(range(24), 24)
+
+    def sample(requests):
+        streams.append(len(requests))
+        yield from (fake_response(i, requests[i]) for i in order)
+
+    write(ctx, artefact, sample)
+    assert streams == [24]
+    names = [s["name"] for s in artefact.manifest["shards"]]
+    assert names == [schema.shard_name(i, 3) for i in range(3)]
+    for i, name in enumerate(names):
+        records = reader.read_shard(artefact, name)
+        assert [int(r["prompt_id"]) for r in records] == list(range(8 * i, 8 * i + 8))
+
+
+def test_shards_are_written_while_sampling_goes_on(job):
+    """The slowest response, of the first shard, comes only when the other two are on the disk."""
+    ctx, artefact = job
+
+    def sample(requests):
+        yield from (fake_response(i, requests[i]) for i in range(1, 24))
+        deadline = time.monotonic() + 20
+        while not (artefact.path / schema.shard_name(2, 3)).exists():
+            assert time.monotonic() < deadline, "nothing is written while the sampler works"
+            time.sleep(0.01)
+        yield fake_response(0, requests[0])
+
+    write(ctx, artefact, sample)
+    assert writer.missing_shards(artefact, 3) == []
+
+
+def test_a_failed_write_stops_the_job_and_is_made_up_for(job, monkeypatch):
+    ctx, artefact = job
+    write_shard, calls = writer.write_shard, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_shard(*args)
+
+    sampled = []
+
+    def sample(requests):
+        for i, request in enumerate(requests):
+            sampled.append(request.prompt_id)
+            yield fake_response(i, request)
+            time.sleep(0.01)  # as real ones take
+
+    monkeypatch.setattr(writer, "write_shard", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write(ctx, artefact, sample)
+    assert len(sampled) < 24 and writer.missing_shards(artefact, 3) == [1, 2]
+    sampled.clear()
+    write(ctx, Artefact(artefact.path), sample)
+    assert sampled == list(range(8, 24))
+
+
+def test_a_stop_writes_full_shards_and_no_others(job, monkeypatch):
+    ctx, artefact = job
+    seen = []
+    monkeypatch.setattr(shutdown, "requested", lambda: len(seen) >= 12)
+
+    def sample(requests):
+        for i, request in enumerate(requests):
+            seen.append(i)
+            yield fake_response(i, request)
+
+    with pytest.raises(shutdown.Stopped):
+        write(ctx, artefact, sample)
+    assert len(seen) == 12 and writer.missing_shards(artefact, 3) == [1, 2]
+
+
+# Real processes and signals.
+
+PROCESS = {"precompute.prompts": 320, "runtime.slots": 8, "runtime.records_per_shard": 8}
+
+
+def start(models, workdir, **changes) -> subprocess.Popen:
+    settings = SETTINGS | PROCESS | {
+        "teacher.checkpoint": models / "teacher", "sft.checkpoint": models / "sft"
+    } | changes  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "lopd.main", f"--config={REPOSITORY / 'configs/tiny.py'}"),
+        *(f"--workdir={workdir}", "--stages=precompute"),
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command,
+        env=environment | {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def listed(workdir) -> int:
+    """Shards that the manifest lists; -1 before there is one."""
+    artefact = Artefact(workdir / "precompute")
+    return -1 if artefact.manifest is None else len(artefact.manifest.get("shards", []))
+
+
+def wait_for(process, workdir, shards: int) -> bool:
+    """Waits until so many shards are listed; false if the process ended before."""
+    while process.poll() is None and listed(workdir) < shards:
+        time.sleep(0.01)
+    return process.poll() is None
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finish(start(models, workdir))
+    return Artefact(workdir / "precompute")
+
+
+def test_killed_at_random_instants_it_makes_the_same(models, undisturbed, tmp_path):
+    """SIGKILL, each time at another instant of the job's life, until it has been enough."""
+    kills = int(os.environ.get("LOPD_KILLS", "3"))
+    instants, survived = random.Random(5), []
+    for _ in range(kills):
+        process = start(models, tmp_path)
+        before = listed(tmp_path)
+        # From somewhere in the start of the process, or after some shards, and a bit.
+        if wait_for(process, tmp_path, before + instants.choice([0, 1, 1, 2])):
+            time.sleep(instants.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        survived.append(listed(tmp_path))
+    print(f"shards listed after each kill: {survived} of 40")
+    assert survived == sorted(survived) and survived[-1] < 40, "killed too late to say anything"
+    finish(start(models, tmp_path))
+    artefact = Artefact(tmp_path / "precompute")
+    assert content(artefact) == content(undisturbed)
+    assert reader.verify_records(artefact) == 320
+
+
+def test_sigterm_stops_with_full_shards_closed(models, undisturbed, tmp_path):
+    process = start(models, tmp_path)
+    assert wait_for(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == shutdown.EXIT_STOPPED, err
+    assert "stopped; the same command continues" in err
+    assert 2 <= listed(tmp_path) < 40
+    assert not list((tmp_path / "precompute").glob("*.tmp"))
+    assert "continued" in finish(start(models, tmp_path))
+    assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["{shard}.tmp", ".manifest.json.tmp"])
+def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path, name):
+    """/dev/full answers every write as a full disk does; it lies where a file is to be written."""
+    workdir, shard = tmp_path / "w", schema.shard_name(1, 40)
+    (workdir / "precompute").mkdir(parents=True)
+    blocked = workdir / "precompute" / name.format(shard=shard)
+    blocked.symlink_to("/dev/full")
+    process = start(models, workdir)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == shutdown.EXIT_ERROR, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("lopd: error: no room left on the disk"), err
+    blocked.unlink(missing_ok=True)
+    finish(start(models, workdir))
+    assert content(Artefact(workdir / "precompute")) == content(undisturbed)
