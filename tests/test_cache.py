@@ -1,14 +1,23 @@
 """The cache: readable by TFDS alone, safe against crashes and damage."""
 
+import random
+import re
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
-from lopd.artefact import Artefact
-from lopd.cache import schema, totals, writer
-from lopd.cache.reader import Records, verify
+from lopd.artefact import Artefact, open_complete
+from lopd.cache import parquet, schema, summary, totals, writer
+from lopd.cache.__main__ import main
+from lopd.cache.reader import Records, verify, verify_records
+from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 
 
@@ -69,20 +78,48 @@ def test_records_round_trip(tmp_path):
             np.testing.assert_array_equal(records[i][name], value)
 
 
-@pytest.mark.parametrize("damage", ["bit flip", "truncation", "deletion"])
-def test_damaged_shard_is_found_before_it_is_read(tmp_path, damage):
-    artefact = make_cache(tmp_path)
-    path = tmp_path / artefact.manifest["shards"][1]["name"]
+def damage_somehow(path, kind: str, rng: random.Random) -> None:
+    """One flipped bit, some bytes less, or no file at all."""
     content = bytearray(path.read_bytes())
-    if damage == "bit flip":
-        content[len(content) // 2] ^= 4
+    if kind == "bit flip":
+        place = rng.randrange(8 * len(content))
+        content[place // 8] ^= 1 << place % 8
         path.write_bytes(content)
-    elif damage == "truncation":
-        path.write_bytes(content[:-7])
+    elif kind == "truncation":
+        path.write_bytes(content[: rng.randrange(len(content))])
     else:
         path.unlink()
-    with pytest.raises(UserError, match=f"{path.name} is (damaged|missing)"):
-        Records(Artefact(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["bit flip", "truncation", "deletion"])
+def test_every_damage_is_found_by_verify_and_before_training(tmp_path, kind):
+    """In any file, wherever in it: shards, manifest, and what TFDS reads."""
+    make_cache(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6
+    rng = random.Random(kind)
+    for round_ in range(100):
+        path = files[round_ % len(files)]
+        content = path.read_bytes()
+        damage_somehow(path, kind, rng)
+        with pytest.raises(UserError, match=re.escape(path.name)):
+            verify_records(open_complete(tmp_path, "the cache"))
+        with pytest.raises(UserError, match=re.escape(path.name)):
+            Records(open_complete(tmp_path, "the cache"))  # as every training stage reads it
+        path.write_bytes(content)
+    assert verify_records(open_complete(tmp_path, "the cache")) == 12
+
+
+def test_verify_looks_into_records_too(tmp_path):
+    """A cache whose checksums are right, but which holds a prompt twice."""
+    artefact = Artefact(tmp_path)
+    artefact.begin("precompute", {}, {})
+    for s in range(2):
+        writer.write_shard(artefact, schema.SCORED_FIELDS, s, 2, [record(3)], {})
+    writer.write_metadata(artefact)
+    artefact.finish({})
+    with pytest.raises(UserError, match=r"prompt and sample \(3, 1\) are there twice"):
+        verify_records(artefact)
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.5, -np.inf])
@@ -131,3 +168,200 @@ def test_damaged_manifest_is_one_clear_error(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format_version": 1, "stage"')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         Artefact(tmp_path)
+
+
+TOP_K = 3
+
+
+def record_with_top_k(i: int) -> dict:
+    """Probabilities 0.5, 0.25, 0.125 of three tokens, at every position."""
+    n = 1 + i % 4
+    ids = (np.arange(n)[:, None] + np.array([7, 2, 9])).astype(np.int32)
+    logprobs = np.log(np.tile(np.float32([0.5, 0.25, 0.125]), (n, 1)))
+    return record(i) | {"teacher_topk_ids": ids, "teacher_topk_logprobs": logprobs}
+
+
+def make_top_k_cache(path) -> Artefact:
+    artefact = Artefact(path)
+    artefact.begin("precompute", {"tokenizer": load_tokenizer("tiny").fingerprint}, {})
+    fields = schema.SCORED_FIELDS | schema.top_k_fields(TOP_K)
+    for s in range(2):
+        records = [record_with_top_k(s * 5 + i) for i in range(5)]
+        counted = totals.of_responses(records) | totals.of_scores(records)
+        writer.write_shard(artefact, fields, s, 2, records, counted)
+    writer.write_metadata(artefact)
+    artefact.finish({**writer.outputs(artefact), "tokenizer": "tiny"})
+    return artefact
+
+
+def test_top_k_round_trip(tmp_path):
+    records = Records(make_top_k_cache(tmp_path))
+    for i in (0, 3, 9):
+        assert records[i].keys() == record_with_top_k(i).keys()
+        for name, value in record_with_top_k(i).items():
+            np.testing.assert_array_equal(records[i][name], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, p: (ids[:-1], p[:-1]), r"top-K of shapes \(3, 3\) and \(3, 3\) for 4 tokens"),
+        (lambda ids, p: (ids, p + np.float32(0.2)), "are no log-probabilities"),
+        (lambda ids, p: (ids, np.where(p < -2, np.nan, p)), "are no log-probabilities"),
+        (lambda ids, p: (ids, p[:, ::-1]), "not the likeliest first"),
+        (lambda ids, p: (ids * 0, p), "not distinct"),
+    ],
+)
+def test_what_is_no_top_k_is_refused(change, message):
+    bad = record_with_top_k(3)
+    names = ("teacher_topk_ids", "teacher_topk_logprobs")
+    bad |= dict(zip(names, change(*(bad[n] for n in names)), strict=True))
+    with pytest.raises(UserError, match=message):
+        schema.check_record(bad, "here")
+
+
+def bits(artefact: Artefact) -> list[dict]:
+    return [{n: np.asarray(v).tobytes() for n, v in r.items()} for r in Records(artefact)]
+
+
+def test_parquet_and_back_is_bit_for_bit(tmp_path):
+    cache = make_top_k_cache(tmp_path / "a")
+    file = epath.Path(tmp_path / "cache.parquet")
+    parquet.to_parquet(cache, file)
+    table = pyarrow.parquet.read_table(file)  # as anyone reads it
+    assert table.column("teacher_logprobs").to_pylist()[5] == [-2.5, -2.5]
+    assert str(table.schema.field("prompt_id").type) == "int64"
+    back = parquet.from_parquet(file, tmp_path / "b")
+    assert bits(back) == bits(cache)
+    assert [r["prompt_tokens"].dtype for r in Records(back)] == [np.int32] * 10
+    assert back.outputs == cache.outputs and verify_records(back) == 10
+    with pytest.raises(UserError, match="is finished already"):
+        parquet.from_parquet(file, tmp_path / "b")
+
+
+def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
+    file = epath.Path(tmp_path / "cache.parquet")
+    parquet.to_parquet(make_top_k_cache(tmp_path / "a"), file)
+    table = pyarrow.parquet.read_table(file)
+    finished = pyarrow.array([not x for x in table.column("finished").to_pylist()])
+    changed = table.set_column(table.schema.get_field_index("finished"), "finished", finished)
+    changed = changed.replace_schema_metadata(table.schema.metadata)
+    pyarrow.parquet.write_table(changed, file, row_group_size=5)
+    with pytest.raises(UserError, match="row group 0: its content is not what it was"):
+        parquet.from_parquet(file, tmp_path / "b")
+    pyarrow.parquet.write_table(table.replace_schema_metadata({}), file)
+    with pytest.raises(UserError, match="was not made by"):
+        parquet.from_parquet(file, tmp_path / "c")
+    file.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="no Parquet file that can be read"):
+        parquet.from_parquet(file, tmp_path / "d")
+
+
+def test_summary_by_position():
+    """Two responses whose log-ratio is known at each position."""
+    ratios = [[0.0, 2.0, -1.5, 0.5], [1.0, 0.0]]
+    records = [
+        {
+            "prompt_tokens": np.arange(2),
+            "response_tokens": np.arange(len(ratio)),
+            "finished": True,
+            "teacher_logprobs": np.float32(ratio) - 3,
+            "ref_logprobs": np.full(len(ratio), -3, np.float32),
+        }
+        for ratio in ratios
+    ]
+    curve = summary.by_position(summary.collect(records), bins=2)
+    assert [(b["from"], b["to"], b["tokens"]) for b in curve] == [(0, 2, 4), (2, 4, 2)]
+    assert [b["mean"] for b in curve] == [0.75, -0.5] and [b["far"] for b in curve] == [0.25, 0.5]
+    counted = totals.of_scores(records)
+    assert counted == {"log_ratio_sum": 2.0, "far": 2, "unlikely": 0}
+    records[0]["teacher_logprobs"] = records[0]["teacher_logprobs"] - 8
+    assert totals.of_scores(records)["unlikely"] == 3
+
+
+def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """`python -m lopd.cache ARGUMENTS`: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["lopd.cache", *map(str, arguments)])
+    try:
+        code = main() or 0
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    run = lambda *arguments: command(monkeypatch, capsys, *arguments)  # noqa: E731
+    cache = make_top_k_cache(tmp_path / "a")
+    assert run("verify", cache.path) == (
+        0,
+        f"{cache.path}: 10 records in 2 shards, all right\n",
+        "",
+    )
+    code, text, _ = run("summary", cache.path)
+    assert code == 0 and "10 of 23 tokens" in text and "teacher consistency  mean +2.3" in text
+    code, text, _ = run("show", cache.path, "--record=2", "--count=3")
+    assert code == 0 and text.count("── prompt_id") == 3
+    assert text.count("⟨+1.00⟩") == 3 and "3 + 3 tokens" in text
+    assert run("to-parquet", cache.path, tmp_path / "c.parquet")[0] == 0
+    assert run("from-parquet", tmp_path / "c.parquet", tmp_path / "b")[0] == 0
+    assert verify_records(open_complete(tmp_path / "b", "it")) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "nowhere"], "nowhere holds no manifest.json"),
+        (["summary", "CACHE"], "array_record-00001-of-00002 is damaged"),
+        (["show", "CACHE", "--tokenizer=nowhere.model"], "nowhere.model"),
+        (["show", "CACHE", "--record=99"], "is damaged"),
+        (["to-parquet", "CACHE", "x.parquet"], "is damaged"),
+        (["from-parquet", "nowhere.parquet", "x"], "nowhere.parquet"),
+        (["merge", "x", "CACHE"], "no worker's part"),
+        (["import-released", "f.parquet", "x"], "needs --config=FILE"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_command_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    make_top_k_cache(tmp_path / "a")
+    shard = tmp_path / "a" / schema.shard_name(1, 2)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    monkeypatch.chdir(tmp_path)
+    arguments = ["a" if a == "CACHE" else a for a in arguments]
+    code, out, err = command(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1, err
+    assert err.startswith("lopd: error: ") and message in err
+
+
+def test_colours_on_a_terminal():
+    tokenizer = load_tokenizer("tiny")
+    text = summary.show_record(record(3), tokenizer, colour=True)
+    assert text.count("\x1b[48;2;0;") == 4  # each of the four tokens, on green: A = +1.5
+    assert text.count("⟨+1.50⟩") == 4
+    assert "⟨" not in summary.show_record(record(1), tokenizer, colour=True)  # A = +0.5
+
+
+class Bucket(MemoryFileSystem):
+    """gs:// in memory: what fsspec offers of an object store."""
+
+    protocol = ("gcs", "gs")
+    store: dict = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gs:/"))
+
+
+def test_a_cache_in_a_bucket(monkeypatch, tmp_path):
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    cache = make_top_k_cache(epath.Path("gs://bucket/run/precompute"))
+    names = sorted(path.name for path in cache.path.iterdir())
+    assert names == sorted([schema.shard_name(0, 2), schema.shard_name(1, 2), "manifest.json",
+                            *writer.METADATA])  # fmt: skip
+    again = open_complete("gs://bucket/run/precompute", "the cache")
+    assert verify_records(again) == 10
+    assert bits(again) == bits(make_top_k_cache(tmp_path))
+    shard = cache.path / schema.shard_name(0, 2)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="gs://bucket/run/precompute/.*-00000-of-00002 is damaged"):
+        Records(again)
