@@ -145,6 +145,7 @@ def paper_config() -> ml_collections.ConfigDict:
     config = base_config()
     config.stages = ("sft_data", "sft", "precompute", "opd", "eval", "export")
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)  # weights over all devices
     config.task.name = "math"
     config.task.thinking = True
     config.sft_data.update(prompts=300_000, temperature=0.7, top_p=0.9, response_length=16_384)
