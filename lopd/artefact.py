@@ -9,6 +9,7 @@ manifest holds the checksum of its own text, so that no change to it goes unseen
 import hashlib
 import json
 import os
+import socket
 from typing import Any
 
 from etils import epath
@@ -21,11 +22,18 @@ FORMAT_VERSION = 2
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a small text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
+    """Writes a small text file so that a reader sees the old content or the new, never a part.
+
+    Processes that write the same file at once (workers that start together) do no harm.
+    """
+    temporary = path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # of a full disk
+        raise
     sync(path.parent)
 
 

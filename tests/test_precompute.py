@@ -456,12 +456,11 @@ def test_sigterm_stops_with_full_shards_closed(models, undisturbed, tmp_path):
     assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["{shard}.tmp", ".manifest.json.tmp"])
-def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path, name):
-    """/dev/full answers every write as a full disk does; it lies where a file is to be written."""
+def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path):
+    """/dev/full answers every write as a full disk does; it lies where a shard is to be written."""
     workdir, shard = tmp_path / "w", schema.shard_name(1, 40)
     (workdir / "precompute").mkdir(parents=True)
-    blocked = workdir / "precompute" / name.format(shard=shard)
+    blocked = workdir / "precompute" / f"{shard}.tmp"
     blocked.symlink_to("/dev/full")
     process = start(models, workdir)
     _, err = process.communicate(timeout=120)

@@ -18,12 +18,7 @@ from lopd.stages import common, precompute
 def settings(ctx: Context) -> dict:
     """What the held-out rollouts depend on."""
     own = common.stage_settings(ctx, "heldout", "task", "prompt_length", "dtype")
-    trained = ctx.config.precompute
-    return {
-        **own,
-        "template": ctx.tokenizer.template_fingerprint,
-        "precompute_prompts": trained.prompts,
-    }
+    return own | {"precompute_prompts": ctx.config.precompute.prompts}
 
 
 def inputs(ctx: Context) -> dict:

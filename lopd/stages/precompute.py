@@ -36,7 +36,7 @@ def settings(ctx: Context) -> dict:
     if not ctx.config.precompute.prompts:  # all but the held-out ones
         shared = {"heldout_prompts": ctx.config.heldout.prompts}
     own = common.stage_settings(ctx, "precompute", "task", "prompt_length", "dtype")
-    return {**own, **shared, "template": ctx.tokenizer.template_fingerprint}
+    return own | shared
 
 
 def inputs(ctx: Context) -> dict:
