@@ -1,17 +1,29 @@
 """Import of the released code's Parquet, its defects counted and nothing made up."""
 
+import pathlib
+import runpy
+import sys
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+import transformers
+from conftest import random_params
+from etils import epath
 from qwen3_tokenizer import qwen3_folder
 
-from lopd.artefact import Artefact
-from lopd.cache.reader import Records
+from lopd import pipeline
+from lopd.artefact import Artefact, open_complete
+from lopd.cache.__main__ import main
+from lopd.cache.reader import Records, verify_records
 from lopd.cache.released import import_released, read_released
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
+from lopd.models import hf, qwen3
 
+REPOSITORY = pathlib.Path(__file__).parent.parent
 END = 1  # of the tiny tokenizer
 LIMITS = {"prompt_length": 20, "response_length": 60}
 
@@ -157,3 +169,42 @@ def test_what_cannot_be_imported_is_one_clear_error(tmp_path, tokenizer):
     path = write(tmp_path, [{"prompt": "a", "response": "b"}])
     with pytest.raises(UserError, match=r"columns \['prompt', 'response'\], not those of"):
         read_released(path, tokenizer, **LIMITS)
+
+
+def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
+    """The command makes what `opd.cache` takes; log π_ref equals that of Transformers."""
+    ctx_config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
+    model = qwen3.Qwen3Config(**ctx_config.student.model)
+    student = tmp_path / "student"
+    student.mkdir()
+    hf.save_checkpoint(epath.Path(student), model, random_params(model, 3), end_id=tokenizer.end_id)
+    rows = [row(tokenizer, i, extra=[END]) for i in range(10)]
+    rows[3]["metadata"]["loss_mask"][2] = 0
+    settings = [
+        f"--config={REPOSITORY / 'configs' / 'tiny.py'}",
+        f"--config.sft.checkpoint={student}",
+        "--config.prompt_length=20",
+        "--config.runtime.records_per_shard=4",
+    ]
+    arguments = ["import-released", write(tmp_path, rows), str(tmp_path / "cache"), *settings]
+    monkeypatch.setattr(sys, "argv", ["lopd.cache", *arguments])
+    main()
+    assert "imported 9 of 10 responses" in capsys.readouterr().out
+    cache = open_complete(tmp_path / "cache", "the cache")
+    assert verify_records(cache) == 9
+    reference = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    for record in Records(cache):
+        tokens = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
+        with torch.no_grad():
+            logits = reference(torch.tensor(tokens[None])).logits[0].double()
+        expected = torch.log_softmax(logits, -1)[np.arange(len(tokens) - 1), tokens[1:]]
+        response = expected.numpy()[len(record["prompt_tokens"]) - 1 :]
+        np.testing.assert_allclose(record["ref_logprobs"], response, atol=1e-4)
+    config = ctx_config
+    config.update_from_flattened_dict({
+        "opd.cache": str(cache.path), "sft.checkpoint": str(student), "sft.teacher": "theirs",
+        "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,
+    })  # fmt: skip
+    pipeline.run(config, str(tmp_path / "run"), ("opd",))
+    inputs = Artefact(tmp_path / "run" / "opd").manifest["inputs"]
+    assert inputs == {"sft": cache.outputs["sft"], "precompute": cache.outputs["fingerprint"]}
