@@ -65,8 +65,8 @@ def outcome(workdir) -> dict:
         manifest = json.loads((workdir / stage / "manifest.json").read_text())
         assert manifest["complete"]
         del manifest["seconds"], manifest["checksum"]
-        for shard in manifest.get("shards", []):
-            del shard["sha256"]  # the same records may be serialised in another field order
+        for file in [*manifest.get("shards", []), *manifest.get("metadata", [])]:
+            del file["sha256"]  # the same records may be serialised in another field order
         manifests[stage] = manifest
     weights = (workdir / "export" / "model.safetensors").read_bytes()
     return {"manifests": manifests, "weights": weights,
