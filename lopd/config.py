@@ -114,6 +114,8 @@ def base_config() -> ml_collections.ConfigDict:
             "precompute": {
                 # For ablations only: score with a teacher that did not write the SFT data.
                 "allow_inconsistent_teacher": False,
+                # Store the teacher's K most likely tokens at every position; 0 stores none.
+                "teacher_top_k": 0,
                 "row_length": 5120,  # positions per packed row of the scoring pass
                 **sampling_section(),
             },
@@ -257,6 +259,8 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     _require(config.opd.tau > 0, f"opd.tau={config.opd.tau} must be positive")
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
+    top_k = config.precompute.teacher_top_k
+    _require(top_k >= 0, f"precompute.teacher_top_k={top_k} must not be negative")
     # Which rows hold whose responses.
     held = ()
     if "heldout" in stages:

@@ -88,6 +88,9 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
                 )
         parallel.check_divisible(model, ctx.mesh, f"{which}.model")
         check_vocabulary(ctx.tokenizer, model.vocab_size, f"the embedding of {which}.model")
+    top_k = ctx.config.precompute.teacher_top_k
+    if top_k and _uses_teacher(ctx, stages) and top_k > ctx.model("teacher").vocab_size:
+        raise UserError(f"precompute.teacher_top_k={top_k}: the teacher has fewer tokens")
     rows, split = ctx.config.runtime.rows_per_micro, ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
     if rows % split:
         raise UserError(

@@ -146,12 +146,32 @@ def token_scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Arra
         return _scores(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score_rows(config: qwen3.Qwen3Config, params: qwen3.Params, rows: dict) -> TokenScores:
+def _top_k(hidden_BTD: jax.Array, head_VD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Ids and true log-probs [B, T, k] of the k most likely tokens, the likeliest first."""
+
+    def best(_, hidden):
+        logits = _logits(hidden, head_VD)
+        values, ids = jax.lax.top_k(logits, k)
+        return None, (ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+    chunk = _chunk_length(*hidden_BTD.shape[:2])
+    found = jax.lax.scan(best, None, _chunked(hidden_BTD, chunk))[1]
+    return jax.tree.map(_unchunked, found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_rows(
+    config: qwen3.Qwen3Config, top_k: int, params: qwen3.Params, rows: dict
+) -> TokenScores:
     hidden, _ = qwen3.forward(
         config, params, rows["tokens"], rows["positions"], rows["segment_ids"]
     )
-    return token_scores(hidden, qwen3.output_head(params), rows["targets"])
+    head = qwen3.output_head(params)
+    scores = token_scores(hidden, head, rows["targets"])
+    if not top_k:
+        return scores
+    ids, logprobs = _top_k(hidden, head.astype(hidden.dtype), top_k)
+    return scores.replace(topk_ids=ids, topk_logprobs=logprobs)
 
 
 def dispatch_records(
@@ -162,8 +182,13 @@ def dispatch_records(
     mesh: Mesh,
     row_length: int,
     rows_per_micro: int,
+    top_k: int = 0,
 ) -> Callable[[], list[TokenScores]]:
-    """Starts `score_records` on the devices; calling what it returns waits for the result."""
+    """Starts scoring on the devices; calling what it returns waits for the result.
+
+    Args as `score_responses`, and `top_k`, how many of the most likely tokens to report besides.
+    The scores of each record are NumPy arrays [R_i] (top-k: [R_i, k]).
+    """
     arrays, spans = pack(records, row_length)
     del arrays["mask"]
     arrays = pad_rows(arrays, -(-len(arrays["tokens"]) // rows_per_micro) * rows_per_micro)
@@ -171,7 +196,7 @@ def dispatch_records(
     scored = []
     for start in range(0, len(arrays["tokens"]), rows_per_micro):
         rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
-        scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
+        scored.append(_score_rows(config, top_k, params, jax.device_put(rows, sharding)))
 
     def read() -> list[TokenScores]:
         scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))

@@ -187,6 +187,24 @@ def test_models_in_turns_make_the_same(models, whole, tmp_path, monkeypatch, cap
     assert not (tmp_path / "precompute" / precompute.SAMPLED).exists()
 
 
+def test_top_k_of_the_teacher(models, whole, tmp_path):
+    """With all tokens it is the teacher's whole distribution; the rest of the record stays."""
+    few = run(models, tmp_path / "few", "precompute", precompute__teacher_top_k=3)
+    every = run(models, tmp_path / "every", "precompute", precompute__teacher_top_k=21)
+    for plain, top, full in zip(*map(Records, (whole, few, every)), strict=True):
+        for name, value in plain.items():
+            np.testing.assert_array_equal(top[name], value)
+        ids, logprobs = full["teacher_topk_ids"], full["teacher_topk_logprobs"]
+        np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(21), (len(ids), 1)))
+        np.testing.assert_allclose(np.exp(logprobs).sum(axis=1), 1, atol=1e-5)
+        sampled = np.take_along_axis(
+            logprobs, np.argmax(ids == full["response_tokens"][:, None], axis=1)[:, None], 1
+        )
+        np.testing.assert_allclose(sampled[:, 0], plain["teacher_logprobs"], atol=1e-5)
+        np.testing.assert_array_equal(top["teacher_topk_ids"], ids[:, :3])
+        np.testing.assert_allclose(top["teacher_topk_logprobs"], logprobs[:, :3], atol=1e-6)
+
+
 def test_resident_bytes_counts_every_copy(models):
     config = tiny_config()
     sizes = {which: 0 for which in ("teacher", "student")}

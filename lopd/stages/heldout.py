@@ -18,7 +18,8 @@ from lopd.stages import common, precompute
 def settings(ctx: Context) -> dict:
     """What the held-out rollouts depend on."""
     own = common.stage_settings(ctx, "heldout", "task", "prompt_length", "dtype")
-    return own | {"precompute_prompts": ctx.config.precompute.prompts}
+    trained = ctx.config.precompute
+    return own | {"precompute_prompts": trained.prompts, "teacher_top_k": trained.teacher_top_k}
 
 
 def inputs(ctx: Context) -> dict:

@@ -91,6 +91,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
 
 def _dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
     """A function from records to what gives their scores by one model, when called."""
+    top_k = ctx.config.precompute.teacher_top_k if which == "teacher" else 0
 
     def dispatch(records: Sequence[dict]) -> Callable[[], list[TokenScores]]:
         return dispatch_records(
@@ -100,9 +101,14 @@ def _dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) ->
             mesh=ctx.mesh,
             row_length=ctx.config[section].row_length,
             rows_per_micro=ctx.config.runtime.rows_per_micro,
+            top_k=top_k,
         )
 
     return dispatch
+
+
+def _fields(ctx: Context) -> dict:
+    return schema.SCORED_FIELDS | schema.top_k_fields(ctx.config.precompute.teacher_top_k)
 
 
 class _GapWarning:
@@ -154,7 +160,7 @@ def _sampling_pass(
         return finish
 
     sample = common.sampler(ctx, "student", ref_params, ctx.config[section], f"{section} sampling")
-    fields = schema.SCORED_FIELDS if teacher_params else schema.REF_SCORED_FIELDS
+    fields = _fields(ctx) if teacher_params else schema.REF_SCORED_FIELDS
     rollouts.write_responses(artefact, plan, fields, sample, score)
 
 
@@ -176,7 +182,7 @@ def _teacher_pass(
     """The teacher scores the shards that π_ref has sampled."""
     dispatch = _dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
     counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
-    with writer.ShardWriter(artefact, schema.SCORED_FIELDS, plan.count) as shards:
+    with writer.ShardWriter(artefact, _fields(ctx), plan.count) as shards:
         for index in plan.missing:
             shutdown.check()
             name = schema.shard_name(index, plan.count)
