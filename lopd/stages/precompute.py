@@ -16,6 +16,7 @@ from lopd.cache import reader, schema, totals, writer
 from lopd.context import Context
 from lopd.errors import UserError
 from lopd.models import qwen3
+from lopd.progress import bar
 from lopd.sampling.engine import Request, Response
 from lopd.scoring import TokenScores, dispatch_records
 from lopd.stages import common, rollouts
@@ -183,7 +184,7 @@ def _teacher_pass(
     dispatch = _dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
     counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
     with writer.ShardWriter(artefact, _fields(ctx), plan.count) as shards:
-        for index in plan.missing:
+        for index in bar(plan.missing, total=len(plan.missing), label="teacher", unit="shards"):
             shutdown.check()
             name = schema.shard_name(index, plan.count)
             records = reader.read_shard(sampled, name)
@@ -200,7 +201,7 @@ def resident_bytes(ctx: Context) -> int:
     """Bytes per device that student and teacher take together while π_ref samples.
 
     The student is there in float32, for the scoring pass that must equal training's, and in its
-    compute type for decoding if that is another; the teacher in its compute type.
+    compute type for decoding if that is another; the teacher as `Context.load_params` gives it.
     """
 
     def size(which: str, dtype: str) -> int:
@@ -213,7 +214,8 @@ def resident_bytes(ctx: Context) -> int:
         )
         return sum(jax.tree.leaves(parts)) * np.dtype(dtype).itemsize
 
-    student, teacher = ctx.model("student").dtype, ctx.model("teacher").dtype
+    student = ctx.model("student").dtype
+    teacher = ctx.model("teacher").dtype if ctx.external("teacher") else "float32"
     decoding = 0 if student == "float32" else size("student", student)
     return size("student", "float32") + decoding + size("teacher", teacher)
 
