@@ -262,5 +262,6 @@ def sample_and_score(
     return {
         **rollouts.finish(ctx, artefact),
         **inputs(ctx),
+        "sft_teacher": ctx.input("sft").outputs["teacher"],
         "tokenizer": ctx.tokenizer_source,
     }
