@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from lopd import parallel
 from lopd.artefact import Artefact
-from lopd.config import training_recipe
-from lopd.data.batches import step_batches
+from lopd.config import base_config, training_recipe
+from lopd.data.batches import StepBatches, put_batch, step_batches
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.objectives import cross_entropy, lightning_opd
@@ -27,7 +27,7 @@ FIELDS = ("teacher_logprobs", "ref_logprobs")
 CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh below
 
 
-def batches(count=24, **changes) -> grain.MapDataset:
+def batches(count=24, **changes) -> StepBatches:
     lengths = np.random.default_rng(0).integers(1, 20, (count, 2)).tolist()
     records = random_records(CONFIG, lengths, **dict.fromkeys(FIELDS))
     options = dict(seed=1, batch_size=8, row_length=48, rows_per_micro=8, reduction="sample_mean")
@@ -52,11 +52,7 @@ def test_step_is_the_same_on_every_mesh(shape):
         optimizer = make_optimizer(recipe)
         step = make_train_step(CONFIG, optimizer, lightning_opd(1.0), mesh)
         state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
-        rows = parallel.rows_sharding(mesh, leading=1)
-        batch = {
-            k: v if k == "num_micro" else jax.device_put(v, rows) for k, v in batches()[0].items()
-        }
-        state, metrics = step(state, batch)
+        state, metrics = step(state, put_batch(batches()[0], mesh, 8))
         moment = state.opt_state[1][0].mu["layers"]["mlp"]["up"]
         assert moment.sharding == state.params["layers"]["mlp"]["up"].sharding
         results.append((jax.device_get(metrics), jax.device_get(state.params)))
@@ -66,7 +62,17 @@ def test_step_is_the_same_on_every_mesh(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), params, other_params)
 
 
-def run_training(path, steps=7, data=None, params=None, checkpoint_every=3):
+TIMES = ("tokens_per_second", "data_wait")
+
+
+def settings_of_run(**changes):
+    settings = base_config()
+    settings.runtime.update(checkpoint_every=3, **changes)
+    settings.metrics.tensorboard = False
+    return {"runtime": settings.runtime, "metrics": settings.metrics}
+
+
+def run_training(path, steps=7, data=None, params=None, objective=None, **runtime):
     artefact = Artefact(path)
     artefact.begin("opd", {}, {})
     mesh = mesh_of(1, 1, 1)
@@ -75,14 +81,13 @@ def run_training(path, steps=7, data=None, params=None, checkpoint_every=3):
         CONFIG,
         sharded(random_params(CONFIG, 0) if params is None else params, mesh),
         batches() if data is None else data,
-        lightning_opd(1.0),
+        lightning_opd(1.0) if objective is None else objective,
         training_recipe(steps=steps, learning_rate=1e-3),
         mesh=mesh,
-        checkpoint_every=checkpoint_every,
-        label="test",
+        **settings_of_run(**runtime),
     )
     rows = [json.loads(line) for line in (artefact.path / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
+    timeless = [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
     return params_fingerprint(final), timeless
 
 
@@ -90,19 +95,16 @@ class Crash(Exception):
     """Stands for the machine going away."""
 
 
-def crashing(dataset, step):
-    """The dataset, up to a step at which the process dies."""
+def crashing(data, step):
+    """The batches, up to a step at which the process dies."""
 
-    class Source:
-        def __len__(self):
-            return 100
+    def indices(n):
+        if n >= step:
+            raise Crash
+        return data.indices[n]
 
-        def __getitem__(self, n):
-            if n >= step:
-                raise Crash
-            return dataset[n]
-
-    return grain.MapDataset.source(Source())
+    mapped = grain.MapDataset.source(range(100)).map(indices)
+    return dataclasses.replace(data, indices=mapped)
 
 
 @pytest.mark.parametrize("crash_at", [1, 4, 6])

@@ -7,9 +7,8 @@ import numpy as np
 
 from lopd.artefact import Artefact
 from lopd.context import Context
-from lopd.data.batches import step_batches
 from lopd.objectives import cross_entropy
-from lopd.stages.common import base_params, stage_settings, train_into
+from lopd.stages.common import base_params, make_batches, stage_settings, train_into
 
 
 class WorkedAnswers:
@@ -33,7 +32,7 @@ class WorkedAnswers:
 
 def settings(ctx: Context) -> dict:
     """What the trained teacher depends on."""
-    return stage_settings(ctx, "teacher", "task")
+    return stage_settings(ctx, "teacher", "task", "dtype")
 
 
 def inputs(ctx: Context) -> dict:
@@ -44,14 +43,8 @@ def inputs(ctx: Context) -> dict:
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Trains it from scratch."""
     recipe = ctx.config.teacher
-    batches = step_batches(
-        WorkedAnswers(ctx, "teacher", recipe.problems),
-        seed=ctx.seed("teacher order"),
-        batch_size=recipe.batch_size,
-        row_length=recipe.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-        reduction=recipe.reduction,
-    )
+    answers = WorkedAnswers(ctx, "teacher", recipe.problems)
+    batches = make_batches(ctx, answers, recipe, "teacher")
     objective = cross_entropy(recipe.label_smoothing)
     params = base_params(ctx, "teacher")
     return train_into(ctx, artefact, "teacher", params, batches, objective, recipe)
