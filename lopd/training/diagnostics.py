@@ -101,7 +101,7 @@ def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> d
     column = jnp.clip(
         jnp.searchsorted(jnp.asarray(edges), advantage, side="right") - 1, 0, bins - 1
     )
-    # Where in its response each target lies, from 0 to 1.
+    # In which part of its response each target lies.
     segment, far = micro["segment_ids"], jnp.iinfo(jnp.int32).max
     length = sequence_sums(jnp.ones_like(mask), micro, responses)
     first = (
@@ -109,8 +109,9 @@ def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> d
         .at[segment]
         .min(jnp.where(micro["mask"], micro["positions"], far))
     )
-    place = (micro["positions"] - first[segment]) / jnp.maximum(length[segment - 1], 1)
-    part = jnp.clip((place * POSITION_BINS).astype(jnp.int32), 0, POSITION_BINS - 1)
+    place = (micro["positions"] - first[segment]) * POSITION_BINS
+    part = place // jnp.maximum(length[segment - 1].astype(jnp.int32), 1)
+    part = jnp.clip(part, 0, POSITION_BINS - 1)
     return {
         "sums": {**sums, "loss": loss},
         "histogram": jnp.zeros(bins).at[column].add(mask),
