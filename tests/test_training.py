@@ -136,7 +136,7 @@ def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
     state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
     abstract = abstract_state(CONFIG, optimizer, mesh)
     with checkpoints.open_manager(epath.Path(tmp_path), 1) as manager:
-        checkpoints.save_state(manager, 1, state, {})
+        checkpoints.save_state(manager, 1, state, {"opd": {"tau": 1}})
         manager.wait_until_finished()
         metadata = tmp_path / "1" / "metadata" / "metadata"
         text = metadata.read_text()
@@ -144,11 +144,11 @@ def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
         other = content[:-1] + ("0" if content[-1] != "0" else "1")
         metadata.write_text(text.replace(content, other))
         with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
-            checkpoints.restore_newest(manager, abstract, {})
+            checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
         metadata.write_text(text)
-        step, restored = checkpoints.restore_newest(manager, abstract, {})
+        step, restored = checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
         assert step == 1 and params_fingerprint(restored) == params_fingerprint(state)
-        with pytest.raises(UserError, match=r"settings \(opd.tau: None → 3"):
+        with pytest.raises(UserError, match=r"settings \(opd.tau: 1 → 3"):
             checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 3}})
 
 

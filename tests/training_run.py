@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 from conftest import TIED, random_params, random_records
+from jax.experimental import multihost_utils
 
 from lopd import parallel, shutdown
 from lopd.artefact import Artefact
@@ -47,17 +48,23 @@ def mesh_of(data, fsdp, tensor):
 
 
 def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, recipe=(), **runtime):
-    """Trains, and returns the parameters' fingerprint and the rows without times."""
+    """Trains, and returns the parameters' fingerprint and the rows without times.
+
+    The objectives are "opd", "plain" (the same without its drift panel) and "sft".
+    """
+    if jax.process_index() == 0:
+        Artefact(path).begin(objective, {}, {})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("begun")
     artefact = Artefact(path)
-    artefact.begin(objective, {}, {})
     settings = base_config()
     settings.runtime.update({"checkpoint_every": CHECKPOINT_EVERY, "drift_every": 7, **runtime})
     settings.metrics.tensorboard = False
     data = batches(mesh) if data is None else data
-    loss = lightning_opd(1.0) if objective == "opd" else cross_entropy()
+    loss = cross_entropy() if objective == "sft" else lightning_opd(1.0)
     drift = None
     if objective == "opd":
-        heldout = records(12, seed=5)
+        heldout = records(8, seed=5)  # as many as a batch, so that one program serves both
         drift = make_drift(CONFIG, loss, mesh, every=7, heldout=heldout, layout=data.layout)
     params = random_params(CONFIG, 0) if params is None else params
     params = train(
