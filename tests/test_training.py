@@ -19,6 +19,9 @@ from jax.sharding import PartitionSpec as P
 from training_run import CONFIG, batches, mesh_of
 
 from lopd import parallel
+from lopd.artefact import Artefact
+from lopd.cache import schema, writer
+from lopd.cache.reader import Records
 from lopd.config import training_recipe
 from lopd.data.batches import put_batch
 from lopd.errors import UserError
@@ -135,7 +138,7 @@ def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
     mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(training_recipe())
     state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
     abstract = abstract_state(CONFIG, optimizer, mesh)
-    with checkpoints.open_manager(epath.Path(tmp_path), 1) as manager:
+    with checkpoints.open_manager(epath.Path(tmp_path)) as manager:
         checkpoints.save_state(manager, 1, state, {"opd": {"tau": 1}})
         manager.wait_until_finished()
         metadata = tmp_path / "1" / "metadata" / "metadata"
@@ -203,6 +206,24 @@ def test_nan_in_a_record_stops_with_its_id(tmp_path):
             tmp_path / "checkpoints" / str(first - 1) / "state"
         )
         assert params_fingerprint(saved["params"]) == untroubled
+
+
+def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):
+    """In a cache whose checksums are right, so that only reading the record can tell."""
+    source = [{**r, "finished": True, "behaviour_logprobs": r["ref_logprobs"]}
+              for r in training_run.records()]  # fmt: skip
+    source[9]["teacher_logprobs"][2] = np.nan
+    cache = Artefact(tmp_path / "cache")
+    cache.begin("precompute", {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "check_record", lambda *_: None)
+        writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source)
+    writer.write_metadata(cache, schema.SCORED_FIELDS)
+    data = batches(source=Records(cache))
+    with pytest.raises(
+        UserError, match=r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
+    ):
+        run_training(tmp_path / "opd", data=data)
 
 
 def test_nan_in_a_gradient_stops_with_its_id(tmp_path, monkeypatch):

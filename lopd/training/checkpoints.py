@@ -23,20 +23,18 @@ from lopd.models import qwen3
 
 
 def open_manager(
-    directory: epath.Path, every: int, keep: int = 2, keep_every: int = 0
+    directory: epath.Path, keep: int = 2, keep_every: int = 0
 ) -> ocp.CheckpointManager:
     """Asynchronous, atomic checkpoints of the training state.
 
     Args:
       directory: where they are, one folder per step.
-      every: steps between checkpoints.
       keep: how many of the newest stay.
       keep_every: those whose step this divides stay too; 0 for none.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
-        save_interval_steps=every,
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
     )

@@ -140,7 +140,10 @@ def make_panel(
 
 
 def panel_row(step: int, train: dict, heldout: dict | None) -> dict:
-    """One line of drift.jsonl from what the panel left on the device for both batches."""
+    """One line of drift.jsonl from what the panel left on the device for both batches.
+
+    Like the row of metrics.jsonl it shows the parameters that the step started from.
+    """
     if heldout is not None:
         metrics = heldout["metrics"]
         sequences = int(metrics["responses"])

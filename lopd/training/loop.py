@@ -56,6 +56,7 @@ class _Log:
         model: qwen3.Qwen3Config,
         recipe: ml_collections.ConfigDict,
         metrics: ml_collections.ConfigDict,
+        mesh: Mesh,
         start: int,
         drift: bool,
     ):
@@ -65,7 +66,7 @@ class _Log:
         if drift and jax.process_index() == 0:
             self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
-        self._model, self._peak = model, peak_flops(jax.devices())
+        self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
         counts = jnp.arange(recipe.steps)
         self._rates = np.asarray(jax.vmap(learning_rate_schedule(recipe))(counts) + 0.0 * counts)
         self._clock = time.perf_counter()
@@ -213,12 +214,10 @@ def train(
     directory, keep = artefact.path / "checkpoints", runtime.keep_checkpoints
     with (
         checkpoints.full_disk_is_an_os_error(),
-        checkpoints.open_manager(
-            directory, runtime.checkpoint_every, keep, runtime.keep_every
-        ) as manager,
+        checkpoints.open_manager(directory, keep, runtime.keep_every) as manager,
     ):
         start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
-        log = _Log(artefact, model, recipe, metrics, start, drift is not None)
+        log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
         stop, profile = _Stop(mesh), _Profile(artefact, runtime.profile_steps)
         data, in_flight, stopped = batches.iterate(start, recipe.steps), None, False
         try:
