@@ -80,6 +80,7 @@ class TensorBoard:
         for name, x in row.items():
             if name != "step" and isinstance(x, float):
                 self._writer.add_scalar(name, x, row["step"])
+        self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
 
     def close(self) -> None:
         """Writes what is still in memory and closes the file."""

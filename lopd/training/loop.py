@@ -218,52 +218,70 @@ def train(
     ):
         start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
         log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
-        stop, profile = _Stop(mesh), _Profile(artefact, runtime.profile_steps)
-        data, in_flight, stopped = batches.iterate(start, recipe.steps), None, False
+        loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, drift, state)
         try:
-            for step in range(start + 1, recipe.steps + 1):
-                if stopped := stop.agreed():
-                    break
-                clock = time.perf_counter()
-                batch = put_batch(next(data), mesh, runtime.rows_per_micro)
-                waited = time.perf_counter() - clock
-                profile.before(step)
-                look = None
-                if drift and (step % drift.every == 0 or step == recipe.steps):
-                    look = drift.look(state.params, batch)
-                state, step_metrics = step_fn(state, batch)
-                profile.after(step, step_metrics)
-                if in_flight is not None:
-                    log.read(in_flight)
-                in_flight = _InFlight(step, step_metrics, look, waited)
-                if step < recipe.steps and step % runtime.checkpoint_every == 0:
-                    log.read(in_flight)
-                    in_flight = None
-                    checkpoints.save_state(manager, step, state, _identity(artefact))
-            if in_flight is not None:
-                log.read(in_flight)
-            if stopped:
-                _save_last(manager, int(state.step), state, artefact)
+            if loop.run(batches, start, recipe.steps):
+                loop.save_now()
                 raise shutdown.Stopped
         except _NotFinite as error:
-            step, row = error.args
-            _save_last(manager, step - 1, state, artefact)
+            loop.save_now()
+            params = loop.state.params
             failure.stop_with_records(
-                artefact, model, objective, state.params, batches, step, row, mesh=mesh
+                artefact, model, objective, params, batches, *error.args, mesh=mesh
             )
         finally:
             log.close()
-    return state.params
+    return loop.state.params
 
 
-def _save_last(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, artefact: Artefact
-) -> None:
-    """Saves the state, unless that step is saved, and waits until it is on disk."""
-    with checkpoints.full_disk_is_an_os_error():
-        manager.wait_until_finished()
-    if step not in manager.all_steps():
-        checkpoints.save_state(manager, step, state, _identity(artefact))
-    with checkpoints.full_disk_is_an_os_error():
-        manager.wait_until_finished()
-        manager.check_for_errors()
+@dataclasses.dataclass
+class _Loop:
+    """What a run works with, and the state that it changes."""
+
+    artefact: Artefact
+    manager: ocp.CheckpointManager
+    log: _Log
+    step_fn: Any
+    mesh: Mesh
+    runtime: ml_collections.ConfigDict
+    drift: Drift | None
+    state: TrainState
+
+    def run(self, batches: StepBatches, start: int, last: int) -> bool:
+        """Steps start + 1 … last; true if it ended earlier because it was asked to stop."""
+        stop, profile = _Stop(self.mesh), _Profile(self.artefact, self.runtime.profile_steps)
+        data, in_flight, stopped = batches.iterate(start, last), None, False
+        for step in range(start + 1, last + 1):
+            if stopped := stop.agreed():
+                break
+            clock = time.perf_counter()
+            batch = put_batch(next(data), self.mesh, self.runtime.rows_per_micro)
+            waited = time.perf_counter() - clock
+            profile.before(step)
+            look = None
+            if self.drift and (step % self.drift.every == 0 or step == last):
+                look = self.drift.look(self.state.params, batch)
+            self.state, metrics = self.step_fn(self.state, batch)
+            profile.after(step, metrics)
+            if in_flight is not None:
+                self.log.read(in_flight)
+            in_flight = _InFlight(step, metrics, look, waited)
+            if step < last and step % self.runtime.checkpoint_every == 0:
+                self.log.read(in_flight)
+                in_flight = None
+                self._save(step)
+        if in_flight is not None:
+            self.log.read(in_flight)
+        return stopped
+
+    def _save(self, step: int) -> None:
+        checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+
+    def save_now(self) -> None:
+        """Saves the state, unless that step is saved, and waits until it is on disk."""
+        step = int(self.state.step)
+        self.manager.wait_until_finished()
+        if step not in self.manager.all_steps():
+            self._save(step)
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
