@@ -1,11 +1,11 @@
 """What data and metrics cost the training loop, on the tiny OPD run.
 
-    python benchmarks/loop_overhead.py [--steps=150] [--runs=5]
+    python benchmarks/loop_overhead.py [--steps=60]
 
-Times the whole loop (data thread, metrics, drift panel apart from its own passes, one step in
-flight) against the bare jitted step on batches that already lie on the device, in turns. The
-difference is what the loop adds; `data_wait` is the share of it spent waiting for a batch. Also
-prints how many batches per second the data thread makes alone.
+Runs the loop and reads from its metrics what a step took and how much of that went into waiting
+for a batch; then times, on a step that has run, what the loop does to write its metrics (read
+the arrays, a row for metrics.jsonl and TensorBoard, the live line), which the next step's run
+hides; and how many batches the data thread makes alone, against the step's appetite.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from lopd.data.batches import put_batch, step_batches
 from lopd.models import qwen3
 from lopd.objectives import lightning_opd
 from lopd.platform import prepare
-from lopd.training.loop import train
+from lopd.training.loop import _InFlight, _Log, train
 from lopd.training.state import create_state, make_optimizer
 from lopd.training.step import make_train_step
 
@@ -64,13 +64,10 @@ def records(count: int = 12_000) -> list[dict]:
 
 
 def main() -> None:
-    """Prints milliseconds per step of both, and their difference."""
+    """Prints the shares."""
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--steps", type=int, default=150)
-    arguments.add_argument("--runs", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=60)
     options = arguments.parse_args()
-    compiled = tempfile.TemporaryDirectory()
-    prepare(compiled.name)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
@@ -83,51 +80,47 @@ def main() -> None:
         reduction="sample_mean",
         token_fields=("teacher_logprobs", "ref_logprobs"),
     )
-    settings = base_config()
-    settings.runtime.checkpoint_every = 10**9
-    optimizer, objective = make_optimizer(recipe), lightning_opd(1.0)
-    step = make_train_step(MODEL, optimizer, objective, mesh)
-    ready = [put_batch(batches[n], mesh, 8) for n in range(20)]
-
-    def params():
-        return qwen3.init_params(MODEL, jax.random.key(0))
-
-    def bare() -> float:
-        state = create_state(MODEL, optimizer, params(), mesh)
-        state, metrics = step(state, ready[0])
-        jax.block_until_ready(metrics)
-        start = time.perf_counter()
-        for n in range(options.steps):
-            state, metrics = step(state, ready[n % len(ready)])
-        jax.block_until_ready((state, metrics))
-        return (time.perf_counter() - start) / options.steps
-
-    def loop() -> tuple[float, float]:
-        with tempfile.TemporaryDirectory() as folder:
-            artefact = Artefact(folder)
-            artefact.begin("opd", {}, {})
-            train(
-                artefact, MODEL, params(), batches, objective, recipe,
-                mesh=mesh, runtime=settings.runtime, metrics=settings.metrics,
-            )  # fmt: skip
-            text = (pathlib.Path(folder) / "metrics.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()][3:]  # after compilation
-        seconds = np.array([row["tokens"] / row["tokens_per_second"] for row in rows])
-        waits = np.array([row["data_wait"] for row in rows]) * seconds
-        return seconds.mean(), waits.sum() / seconds.sum()
-
     start = time.perf_counter()
     for _ in batches.iterate(0, options.steps):
         pass
     alone = (time.perf_counter() - start) / options.steps
-    pairs = [(bare(), *loop()) for _ in range(options.runs)]
-    bare_s, loop_s, wait = (np.array(x) for x in zip(*pairs, strict=True))
-    added = loop_s / bare_s - 1
-    step_s = np.median(bare_s)
-    print(f"bare step {step_s * 1e3:.1f} ms, in the loop {np.median(loop_s) * 1e3:.1f} ms")
-    print(f"added by the loop: {', '.join(f'{x:+.1%}' for x in added)}")
-    print(f"waiting for data: {', '.join(f'{x:.2%}' for x in wait)} of the time")
-    print(f"a batch takes {alone * 1e3:.1f} ms to make: {step_s / alone:.1f} × the appetite")
+    settings, objective = base_config(), lightning_opd(1.0)
+    params = qwen3.init_params(MODEL, jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(folder)
+        artefact = Artefact(folder)
+        artefact.begin("opd", {}, {})
+        options_of_train = {"mesh": mesh, "runtime": settings.runtime, "metrics": settings.metrics}
+        train(artefact, MODEL, params, batches, objective, recipe, **options_of_train)
+        lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+        written = time_of_a_row(artefact, recipe, settings, batches, mesh)
+    rows = [json.loads(line) for line in lines][5:]  # after compilation
+    seconds = np.array([row["tokens"] / row["tokens_per_second"] for row in rows])
+    waits = np.array([row["data_wait"] for row in rows]) * seconds
+    step = seconds.mean()
+    print(f"a step in the loop takes {step * 1e3:.1f} ms (median {np.median(seconds) * 1e3:.1f})")
+    print(f"waiting for a batch: {waits.sum() / seconds.sum():.2%} of the time")
+    print(
+        f"writing metrics: {written * 1e3:.2f} ms a step, {written / step:.2%}, while the next runs"
+    )
+    print(f"a batch takes {alone * 1e3:.1f} ms to make: {step / alone:.1f} × the appetite")
+
+
+def time_of_a_row(artefact, recipe, settings, batches, mesh) -> float:
+    """Seconds that the loop takes to read and write the metrics of a step that has run."""
+    optimizer = make_optimizer(recipe)
+    step = make_train_step(MODEL, optimizer, lightning_opd(1.0), mesh)
+    params = qwen3.init_params(MODEL, jax.random.key(0))
+    state = create_state(MODEL, optimizer, params, mesh)
+    _, metrics = step(state, put_batch(batches[0], mesh, 8))
+    jax.block_until_ready(metrics)
+    log = _Log(artefact, MODEL, recipe, settings.metrics, mesh, 0, False)
+    start = time.perf_counter()
+    for number in range(recipe.steps):
+        log.read(_InFlight(number + 1, dict(metrics), None, 0.0))
+    seconds = (time.perf_counter() - start) / recipe.steps
+    log.close()
+    return seconds
 
 
 if __name__ == "__main__":
