@@ -25,6 +25,8 @@ class WorkedAnswers:
         problem = self._task.problem(int(self._ids[index]))
         response = [*self._tokenizer.encode(problem.solution), self._tokenizer.end_id]
         return {
+            "prompt_id": problem.problem_id,
+            "sample_id": 0,
             "prompt_tokens": np.asarray(self._tokenizer.encode(problem.prompt), np.int32),
             "response_tokens": np.asarray(response, np.int32),
         }
