@@ -15,7 +15,10 @@ from lopd.scoring import TokenScores
 
 Batch = dict[str, jax.Array]
 Objective = Callable[[TokenScores, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-"""(scores, batch) → per-token loss [B, T], per-token diagnostics [B, T] to be averaged."""
+"""(scores, batch) → per-token loss [B, T], per-token diagnostics [B, T] to be averaged.
+
+A diagnostic NAME_squared beside NAME becomes the standard deviation NAME_sd in the metrics.
+"""
 
 SEQUENCE_LOG_RATIO = "sequence_log_ratio"
 """The diagnostic log π_θ − log π_ref, which is summed over each response and not averaged."""
