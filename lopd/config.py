@@ -1,8 +1,9 @@
 """The settings of a run: defaults, validation, and the pieces stages are made from.
 
 A config file's `get_config()` starts from `base_config()` and changes what it needs. Sections
-named after a stage belong to that stage. `runtime`, `mesh` and `metrics` hold what may change how fast a
-result is reached and what is told of it, but never the result; everything else is part of a stage's identity.
+named after a stage belong to that stage. `runtime`, `mesh` and `metrics` hold what may change how
+fast a result is reached and what is told of it, but never the result; everything else is part of a
+stage's identity.
 """
 
 import importlib.util
