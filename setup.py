@@ -33,6 +33,7 @@ setup(
         "safetensors",
         "scipy",
         "sentencepiece",
+        "tensorboardX",
         "tensorflow-datasets",
         "tqdm",
         "transformers",  # tokenizers and chat templates only; needs no torch for those

@@ -1,9 +1,12 @@
 """The settings of a run: defaults, validation, and the pieces stages are made from.
 
 A config file's `get_config()` starts from `base_config()` and changes what it needs. Sections
-named after a stage belong to that stage. `runtime` and `mesh` hold what may change how fast a
-result is reached but never the result; everything else is part of a stage's identity.
+named after a stage belong to that stage. `runtime`, `mesh` and `metrics` hold what may change how
+fast a result is reached and what is told of it, but never the result; everything else is part of a
+stage's identity.
 """
+
+import importlib.util
 
 import ml_collections
 from ml_collections import config_dict
@@ -31,6 +34,9 @@ def training_recipe(**changes) -> ml_collections.ConfigDict:
             "learning_rate": 2e-6,
             "schedule": "constant",  # or "cosine"
             "warmup_steps": 0,
+            # "adamw", or to save memory "adafactor" or an AdamW whose first moment is bfloat16.
+            "optimizer": "adamw",
+            "mu_dtype": "float32",
             "b1": 0.9,
             "b2": 0.98,
             "eps": 1e-8,
@@ -109,6 +115,8 @@ def base_config() -> ml_collections.ConfigDict:
                 # checkpoint, and then `teacher` says who wrote its data.
                 "checkpoint": "",
                 "teacher": "",
+                # Of a mixture of experts: add router_aux_loss_coef × the load-balancing loss.
+                "router_loss": True,
                 **training_recipe(),
             },
             "precompute": {
@@ -130,6 +138,10 @@ def base_config() -> ml_collections.ConfigDict:
             "control": training_recipe(),
             "eval": {"split": "test", **sampling_section(temperature=0.6, top_p=0.95)},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "metrics": {
+                "tensorboard": True,  # event files beside each metrics.jsonl
+                "wandb": "",  # a Weights & Biases project to report to
+            },
             "runtime": {
                 "rows_per_micro": 8,  # packed rows per forward and backward pass
                 "slots": 128,  # responses decoded at a time
@@ -137,6 +149,10 @@ def base_config() -> ml_collections.ConfigDict:
                 "prefill_batch": 64,  # prompts read per call
                 "records_per_shard": 512,  # a kill loses the shards that are filling
                 "checkpoint_every": 100,  # steps
+                "keep_checkpoints": 2,  # the newest so many
+                "keep_every": 0,  # and each whose step this divides; 0 for none
+                "drift_every": 20,  # steps between full looks at the drift of OPD
+                "profile_steps": (0, 0),  # first and last step to trace; (0, 0) for none
             },
         }
     )
@@ -188,6 +204,14 @@ def _check_recipe(name: str, recipe: ml_collections.ConfigDict) -> None:
     _require(
         recipe.schedule in ("constant", "cosine"),
         f"{name}.schedule={recipe.schedule!r} must be 'constant' or 'cosine'",
+    )
+    _require(
+        recipe.optimizer in ("adamw", "adafactor"),
+        f"{name}.optimizer={recipe.optimizer!r} must be 'adamw' or 'adafactor'",
+    )
+    _require(
+        recipe.mu_dtype in ("float32", "bfloat16"),
+        f"{name}.mu_dtype={recipe.mu_dtype!r} must be 'float32' or 'bfloat16'",
     )
     _require(
         0 <= recipe.warmup_steps <= recipe.steps,
@@ -282,4 +306,18 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         f"eval.split={config.eval.split!r} must be 'dev' or 'test'",
     )
     for key, value in config.runtime.items():
-        _require(value > 0, f"runtime.{key}={value} must be positive")
+        if key not in ("keep_every", "profile_steps"):
+            _require(value > 0, f"runtime.{key}={value} must be positive")
+    _require(
+        config.runtime.keep_every >= 0,
+        f"runtime.keep_every={config.runtime.keep_every} must not be negative",
+    )
+    first, last = config.runtime.profile_steps
+    _require(
+        0 <= first <= last,
+        f"runtime.profile_steps={first, last} must be the first and last step to trace",
+    )
+    _require(
+        not config.metrics.wandb or importlib.util.find_spec("wandb") is not None,
+        f"metrics.wandb={config.metrics.wandb!r} needs a package: pip install wandb",
+    )

@@ -15,7 +15,13 @@ from lopd.scoring import TokenScores
 
 Batch = dict[str, jax.Array]
 Objective = Callable[[TokenScores, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-"""(scores, batch) → per-token loss [B, T], per-token diagnostics [B, T] to be averaged."""
+"""(scores, batch) → per-token loss [B, T], per-token diagnostics [B, T] to be averaged.
+
+A diagnostic NAME_squared beside NAME becomes the standard deviation NAME_sd in the metrics.
+"""
+
+SEQUENCE_LOG_RATIO = "sequence_log_ratio"
+"""The diagnostic log π_θ − log π_ref, which is summed over each response and not averaged."""
 
 REDUCTIONS = ("sample_mean", "token_mean", "token_sum")
 
@@ -24,6 +30,16 @@ def huber(difference: jax.Array, tau: float) -> jax.Array:
     """½d² for |d| ≤ τ, τ(|d| − ½τ) beyond."""
     magnitude = jnp.abs(difference)
     return jnp.where(magnitude <= tau, 0.5 * jnp.square(difference), tau * (magnitude - 0.5 * tau))
+
+
+def kl_k3(log_ratio: jax.Array) -> jax.Array:
+    """Schulman's estimator k3 of KL(q‖p) = E_q[r − 1 − log r] from log r = log p(a) − log q(a).
+
+    Unbiased for a drawn from q, and never negative. On the cache a is drawn from π_ref: `kl_ref`
+    (p = π_θ, q = π_ref) is then unbiased for KL(π_ref‖π_θ) when the cache was sampled at T = 1,
+    and `kl_teacher` (p = π_T, q = π_θ) estimates KL(π_θ‖π_T) as well as π_θ still resembles π_ref.
+    """
+    return jnp.expm1(log_ratio) - log_ratio
 
 
 def lightning_opd(tau: float) -> Objective:
@@ -39,16 +55,20 @@ def lightning_opd(tau: float) -> Objective:
 
     def objective(scores: TokenScores, batch: Batch):
         difference = batch["teacher_logprobs"] - scores.logprobs
-        ref_ratio = scores.logprobs - batch["ref_logprobs"]
+        log_ratio = scores.logprobs - batch["ref_logprobs"]
+        advantage, weight = jnp.clip(difference, -tau, tau), jnp.exp(log_ratio)
         diagnostics = {
-            "advantage": jnp.clip(difference, -tau, tau),
-            "advantage_abs": jnp.abs(difference),
+            "advantage": advantage,
+            "advantage_squared": jnp.square(advantage),
             "advantage_over_1_nat": jnp.abs(difference) > 1.0,
             "clipped": jnp.abs(difference) > tau,
-            "logprob": scores.logprobs,
+            "kl_teacher": kl_k3(difference),
+            "kl_ref": kl_k3(log_ratio),
             "entropy": scores.entropy,
-            "log_ratio_to_ref": ref_ratio,
-            "token_importance_weight": jnp.exp(ref_ratio),
+            "logprob": scores.logprobs,
+            "importance_weight": weight,
+            "importance_weight_squared": jnp.square(weight),
+            SEQUENCE_LOG_RATIO: log_ratio,
         }
         return huber(difference, tau), diagnostics
 

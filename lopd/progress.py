@@ -1,11 +1,17 @@
 """What people see while a run works: progress bars and metric files."""
 
+import hashlib
 import json
+import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
+import jax
 import tqdm
 from etils import epath
+
+from lopd.artefact import write_atomically
 
 
 def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, initial: int = 0):
@@ -30,7 +36,7 @@ def counted(items: Iterable, progress: tqdm.tqdm) -> Iterator:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per step, in order, also after a resume."""
+    """`metrics.jsonl` and its like: one JSON object per line, in order, also after a resume."""
 
     def __init__(self, path: epath.Path, resume_step: int = 0):
         """Opens the file, dropping what an interrupted run wrote after `resume_step`."""
@@ -43,14 +49,75 @@ class MetricsFile:
                     break  # the last line of a killed run
                 if row["step"] <= resume_step:
                     kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, row: dict) -> None:
-        """Appends one row."""
+        """Appends one row; a number that is not finite becomes null, which JSON has."""
+        row = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in row.items()
+        }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class TensorBoard:
+    """The same rows as TensorBoard event files."""
+
+    def __init__(self, path: epath.Path, resume_step: int = 0):
+        import tensorboardX  # 1 s, which a run that does not train need not wait for
+
+        # What an interrupted run wrote after `resume_step` is marked as void.
+        self._writer = tensorboardX.SummaryWriter(str(path), purge_step=resume_step + 1)
+
+    def write(self, row: dict) -> None:
+        """Adds the scalars of one row."""
+        for name, x in row.items():
+            if name != "step" and isinstance(x, float):
+                self._writer.add_scalar(name, x, row["step"])
+        self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
+
+    def close(self) -> None:
+        """Writes what is still in memory and closes the file."""
+        self._writer.close()
+
+
+class WandB:
+    """The same rows at Weights & Biases; a continued run goes on in the same place."""
+
+    def __init__(self, project: str, path: epath.Path, settings: dict):
+        import wandb  # optional: `lopd.config.validate` has looked for it
+
+        name = os.fspath(path)
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=hashlib.sha256(name.encode()).hexdigest()[:16],
+            resume="allow",
+            config=settings,
+        )
+
+    def write(self, row: dict) -> None:
+        """Reports one row."""
+        self._run.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Ends the report."""
+        self._run.finish()
+
+
+def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:
+    """Where each step's row goes, as the section `metrics` of the settings says."""
+    if jax.process_index() != 0:
+        return []
+    writers = [MetricsFile(path / "metrics.jsonl", resume_step)]
+    if metrics.tensorboard:
+        writers.append(TensorBoard(path / "tensorboard", resume_step))
+    if metrics.wandb:
+        writers.append(WandB(metrics.wandb, path, settings))
+    return writers

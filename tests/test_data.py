@@ -1,10 +1,19 @@
 """The task, the tokenizer, packing and step-indexed batches."""
 
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from conftest import TIED, random_records
 
-from lopd.data.batches import micro_batches, step_batches
+from lopd.data.batches import (
+    micro_batches,
+    record_length,
+    record_lengths,
+    repeated_share,
+    step_batches,
+)
 from lopd.data.packing import assign_rows, pack
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
@@ -118,3 +127,67 @@ def test_unused_micro_batches_are_padding():
     batch = micro_batches(records, row_length=16, rows_per_micro=2, reduction="token_sum")
     assert batch["tokens"].shape == (4, 2, 16) and batch["num_micro"] == 1
     assert not batch["segment_ids"][1:].any() and batch["weights"].sum() == pytest.approx(1)
+
+
+def test_processes_read_only_their_rows_and_make_the_same_batch():
+    """Two and four processes of one batch, against one that makes it all."""
+    lengths = np.random.default_rng(1).integers(1, 20, (30, 2)).tolist()
+    records = random_records(TIED, lengths, teacher_logprobs=None)
+    read = []
+
+    class Source(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return list.__getitem__(self, index)
+
+    options = dict(
+        seed=3, batch_size=12, row_length=48, rows_per_micro=4, reduction="token_mean",
+        token_fields=("teacher_logprobs",),
+    )  # fmt: skip
+    whole = step_batches(records, **options)
+    known = np.array([record_length(r) for r in records], np.int32)
+    np.testing.assert_array_equal(record_lengths(records), known)
+    for rows_of in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
+        for step in (0, 4):
+            parts = []
+            read.clear()
+            for rows in rows_of:
+                batches = step_batches(Source(records), **options)
+                layout = {**batches.layout, "rows": np.array(rows)}
+                part = dataclasses.replace(batches, lengths=known, layout=layout)
+                parts.append((np.array(rows), part[step]))
+            assert sorted(read) == sorted(whole.indices[step].tolist())  # each record once
+            for name, expected in whole[step].items():
+                for rows, part in parts:
+                    mine = expected if name == "num_micro" else expected[:, rows]
+                    np.testing.assert_array_equal(part[name], mine, err_msg=name)
+
+
+def test_micro_batch_size_changes_no_row():
+    records = random_records(TIED, np.random.default_rng(1).integers(1, 20, (24, 2)).tolist())
+    rows = []
+    for size in (2, 4, 8):
+        options = dict(seed=3, batch_size=8, row_length=48, reduction="token_mean")
+        batch = step_batches(records, rows_per_micro=size, **options)[2]
+        rows.append({k: v.reshape(8, *v.shape[2:]) for k, v in batch.items() if v.ndim})
+    for other in rows[1:]:
+        for name, expected in rows[0].items():
+            np.testing.assert_array_equal(other[name], expected)
+
+
+def test_repeated_share():
+    rng = np.random.default_rng(0)
+    fresh = rng.integers(0, 50_000, 500).astype(np.int32)
+    assert repeated_share(fresh) == 0 and repeated_share(fresh[:7]) == 0
+    loop = np.tile(fresh[:10], 50)
+    grams = [tuple(loop[i : i + 8]) for i in range(493)]
+    assert repeated_share(loop) == pytest.approx(1 - len(set(grams)) / 493)
+    assert repeated_share(loop) > 0.9
+
+
+def test_large_batches_pack_in_no_time():
+    """Best fit of 20,000 sequences: a quadratic search would take minutes."""
+    lengths = np.random.default_rng(0).integers(50, 4096, 20_000).tolist()
+    start = time.process_time()
+    assign_rows(lengths, 4096)
+    assert time.process_time() - start < 2

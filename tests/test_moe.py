@@ -12,8 +12,11 @@ from test_model import MOE, inputs, logprobs_of, transformers_model
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lopd import parallel
+from lopd.data.batches import micro_batches
 from lopd.models import hf, moe, qwen3
+from lopd.objectives import cross_entropy
 from lopd.scoring import token_scores
+from lopd.training.step import batch_gradients
 
 forward_with_router_loss = jax.jit(
     qwen3.forward_with_router_loss, static_argnums=0, static_argnames="remat"
@@ -174,3 +177,37 @@ def test_experts_are_sharded_over_fsdp_and_tensor():
     specs = jax.tree.map(lambda s: s.spec, parallel.param_shardings(MOE, mesh))["layers"]["mlp"]
     assert specs["up"] == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
     assert specs["down"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")
+
+
+def test_sft_loss_with_router_equals_transformers(params, reference):
+    """One micro-batch of SFT: router loss, and gradients of routers and experts."""
+    rng = np.random.default_rng(0)
+    records = [
+        {
+            "prompt_tokens": rng.integers(3, MOE.vocab_size, 4).astype(np.int32),
+            "response_tokens": rng.integers(3, MOE.vocab_size, n).astype(np.int32),
+        }
+        for n in (18, 15, 11, 20)
+    ]
+    batch = micro_batches(records, row_length=24, rows_per_micro=4, reduction="token_mean")
+    coefficient = 0.3
+    grads, metrics = jax.jit(
+        lambda params, batch: batch_gradients(MOE, cross_entropy(), params, batch, coefficient)
+    )(params, batch)
+
+    micro = {name: torch.tensor(a[0]) for name, a in batch.items() if a.ndim}
+    mask = (micro["segment_ids"] > 0).long()
+    reference.zero_grad()
+    out = reference(micro["tokens"].long(), attention_mask=mask, output_router_logits=True)
+    aux = load_balancing_loss_func(
+        out.router_logits, MOE.num_experts, MOE.num_experts_per_tok, mask
+    )
+    logprobs = out.logits.log_softmax(-1).gather(-1, micro["targets"].long()[..., None])[..., 0]
+    loss = -(logprobs * micro["weights"]).sum()
+    (loss + coefficient * aux).backward()
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["router_loss"], coefficient * aux.item(), rtol=1e-5)
+    for i, layer in enumerate(reference.model.layers):
+        np.testing.assert_allclose(
+            grads["layers"]["mlp"]["router"][i], layer.mlp.gate.weight.grad.numpy().T, atol=1e-5
+        )

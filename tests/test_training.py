@@ -1,42 +1,40 @@
-"""The training step and loop: meshes, resume, schedules, identities."""
+"""The training step and loop: meshes, checkpoints, failures, schedules, identities."""
 
 import dataclasses
+import errno
 import json
+import shutil
+import subprocess
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from conftest import TIED, random_params, random_records
+import training_run
+from conftest import random_params
+from etils import epath
 from jax.sharding import PartitionSpec as P
+from training_run import CONFIG, batches, mesh_of
 
 from lopd import parallel
 from lopd.artefact import Artefact
+from lopd.cache import schema, writer
+from lopd.cache.reader import Records
 from lopd.config import training_recipe
-from lopd.data.batches import step_batches
+from lopd.data.batches import put_batch
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.objectives import cross_entropy, lightning_opd
 from lopd.training import checkpoints
-from lopd.training.loop import train
-from lopd.training.state import create_state, learning_rate_schedule, make_optimizer
+from lopd.training.state import (
+    abstract_state,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from lopd.training.step import make_train_step
-
-FIELDS = ("teacher_logprobs", "ref_logprobs")
-CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh below
-
-
-def batches(count=24, **changes) -> grain.MapDataset:
-    lengths = np.random.default_rng(0).integers(1, 20, (count, 2)).tolist()
-    records = random_records(CONFIG, lengths, **dict.fromkeys(FIELDS))
-    options = dict(seed=1, batch_size=8, row_length=48, rows_per_micro=8, reduction="sample_mean")
-    return step_batches(records, token_fields=FIELDS, **(options | changes))
-
-
-def mesh_of(data, fsdp, tensor):
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def sharded(params, mesh):
@@ -52,11 +50,7 @@ def test_step_is_the_same_on_every_mesh(shape):
         optimizer = make_optimizer(recipe)
         step = make_train_step(CONFIG, optimizer, lightning_opd(1.0), mesh)
         state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
-        rows = parallel.rows_sharding(mesh, leading=1)
-        batch = {
-            k: v if k == "num_micro" else jax.device_put(v, rows) for k, v in batches()[0].items()
-        }
-        state, metrics = step(state, batch)
+        state, metrics = step(state, put_batch(batches()[0], mesh, 8))
         moment = state.opt_state[1][0].mu["layers"]["mlp"]["up"]
         assert moment.sharding == state.params["layers"]["mlp"]["up"].sharding
         results.append((jax.device_get(metrics), jax.device_get(state.params)))
@@ -66,59 +60,203 @@ def test_step_is_the_same_on_every_mesh(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), params, other_params)
 
 
-def run_training(path, steps=7, data=None, params=None, checkpoint_every=3):
-    artefact = Artefact(path)
-    artefact.begin("opd", {}, {})
-    mesh = mesh_of(1, 1, 1)
-    final = train(
-        artefact,
-        CONFIG,
-        sharded(random_params(CONFIG, 0) if params is None else params, mesh),
-        batches() if data is None else data,
-        lightning_opd(1.0),
-        training_recipe(steps=steps, learning_rate=1e-3),
-        mesh=mesh,
-        checkpoint_every=checkpoint_every,
-        label="test",
+def run_training(path, steps=7, data=None, params=None, **options):
+    return training_run.run(
+        path,
+        mesh=mesh_of(1, 1, 1),
+        steps=steps,
+        data=batches() if data is None else data,
+        params=params,
+        **{"checkpoint_every": 3, **options},
     )
-    rows = [json.loads(line) for line in (artefact.path / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
-    return params_fingerprint(final), timeless
 
 
 class Crash(Exception):
     """Stands for the machine going away."""
 
 
-def crashing(dataset, step):
-    """The dataset, up to a step at which the process dies."""
+def crashing(data, step):
+    """The batches, up to a step at which the process dies."""
 
-    class Source:
-        def __len__(self):
-            return 100
+    def indices(n):
+        if n >= step:
+            raise Crash
+        return data.indices[n]
 
-        def __getitem__(self, n):
-            if n >= step:
-                raise Crash
-            return dataset[n]
-
-    return grain.MapDataset.source(Source())
+    mapped = grain.MapDataset.source(range(100)).map(indices)
+    return dataclasses.replace(data, indices=mapped)
 
 
-@pytest.mark.parametrize("crash_at", [1, 4, 6])
-def test_interrupted_training_ends_bit_identical(tmp_path, crash_at):
-    expected = run_training(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of seven steps with checkpoints 3 and 6."""
+    path = tmp_path_factory.mktemp("whole")
+    return path, run_training(path)
+
+
+@pytest.mark.parametrize("crash_at", [1, 6])
+def test_interrupted_training_ends_bit_identical(whole, tmp_path, crash_at):
     with pytest.raises(Crash):
-        run_training(tmp_path / "broken", data=crashing(batches(), crash_at))
-    assert run_training(tmp_path / "broken") == expected
-    assert [row["step"] for row in expected[1]] == [1, 2, 3, 4, 5, 6, 7]
+        run_training(tmp_path, data=crashing(batches(), crash_at))
+    assert run_training(tmp_path) == whole[1]
+    assert [row["step"] for row in whole[1][1]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_non_finite_loss_stops_with_the_step(tmp_path):
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    path = largest_file(folder)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_bit(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip_bit, lambda folder: largest_file(folder).unlink(),
+     lambda folder: shutil.rmtree(folder / "metadata")],
+    ids=["truncated", "bit flip", "deleted file", "deleted folder"],
+)  # fmt: skip
+def test_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, capsys, damage):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoints" / "6")
+    assert run_training(tmp_path) == whole[1]
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/checkpoints/6 is damaged" in said and "checkpoints/3" not in said
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]  # made anew
+
+
+def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
+    """A checkpoint that reads well but is not the state that was saved: the fingerprint's work."""
+    mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(training_recipe())
+    state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
+    abstract = abstract_state(CONFIG, optimizer, mesh)
+    with checkpoints.open_manager(epath.Path(tmp_path)) as manager:
+        checkpoints.save_state(manager, 1, state, {"opd": {"tau": 1}})
+        manager.wait_until_finished()
+        metadata = tmp_path / "1" / "metadata" / "metadata"
+        text = metadata.read_text()
+        content = json.loads(text)["content"]
+        other = content[:-1] + ("0" if content[-1] != "0" else "1")
+        metadata.write_text(text.replace(content, other))
+        with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
+            checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
+        metadata.write_text(text)
+        step, restored = checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
+        assert step == 1 and params_fingerprint(restored) == params_fingerprint(state)
+        with pytest.raises(UserError, match=r"settings \(opd.tau: 1 → 3"):
+            checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 3}})
+
+
+def test_keeps_the_newest_and_every_so_many(tmp_path):
+    run_training(tmp_path, checkpoint_every=1, keep_checkpoints=1, keep_every=4)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_no_room_for_checkpoints_is_known_before_the_first_step(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=300_000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=r"room for 3 checkpoints .* keep fewer"):
+        run_training(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
+    """Saves fail on a file system that fills up; the checkpoint before is used afterwards."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)])
+    if done.returncode:
+        pytest.skip("may not mount")
+    try:
+        monkeypatch.setattr(checkpoints, "check_room", lambda *_: None)
+        with pytest.raises(OSError) as raised:
+            run_training(tmp_path, keep_checkpoints=9, checkpoint_every=1)
+        assert raised.value.errno == errno.ENOSPC
+        saved = sorted((tmp_path / "checkpoints").glob("[0-9]"))
+        assert saved
+        subprocess.run(["mount", "-o", "remount,size=9m", str(tmp_path)], check=True)
+        assert run_training(tmp_path, keep_checkpoints=9, checkpoint_every=1) == whole[1]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_nan_in_a_record_stops_with_its_id(tmp_path):
+    """Planted in the data of step 5: all later updates are held back, the state is saved."""
+    source = training_run.records()
+    data = batches(source=source)
+    bad = int(data.indices[4][3])
+    first = next(n for n in range(9) if bad in data.indices[n]) + 1
+    source[bad]["teacher_logprobs"] = source[bad]["teacher_logprobs"] * np.nan
+    with pytest.raises(UserError, match=f"step {first} has loss nan .*1 of its 8 .* {100 + bad}/0"):
+        run_training(tmp_path, steps=9, data=data)
+    report = json.loads((tmp_path / "failure.json").read_text())
+    wrong = [r["prompt_id"] for r in report["records"] if not r["finite"]]
+    assert report["step"] == first and wrong == [100 + bad] and len(report["records"]) == 8
+    assert [r["step"] for r in training_run.rows_of(tmp_path)[0]] == [*range(1, first)]
+    # What was saved is the state of an untroubled run of so many steps.
+    if first > 1:
+        untroubled = run_training(tmp_path / "w", steps=first - 1, data=batches())[0]
+        saved = ocp.StandardCheckpointer().restore(
+            tmp_path / "checkpoints" / str(first - 1) / "state"
+        )
+        assert params_fingerprint(saved["params"]) == untroubled
+
+
+def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):
+    """In a cache whose checksums are right, so that only reading the record can tell."""
+    source = [{**r, "finished": True, "behaviour_logprobs": r["ref_logprobs"]}
+              for r in training_run.records()]  # fmt: skip
+    source[9]["teacher_logprobs"][2] = np.nan
+    cache = Artefact(tmp_path / "cache")
+    cache.begin("precompute", {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "check_record", lambda *_: None)
+        writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source)
+    writer.write_metadata(cache, schema.SCORED_FIELDS)
+    data = batches(source=Records(cache))
+    with pytest.raises(
+        UserError, match=r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
+    ):
+        run_training(tmp_path / "opd", data=data)
+
+
+def test_nan_in_a_gradient_stops_with_its_id(tmp_path, monkeypatch):
+    """The loss is finite: √0 at the records whose first teacher log-prob is the mark."""
+    source = training_run.records()
+    source[7]["teacher_logprobs"][0] = -1.5
+
+    def objective(tau):
+        def loss(scores, batch):
+            values, diagnostics = lightning_opd(tau)(scores, batch)
+            zero = scores.logprobs - jax.lax.stop_gradient(scores.logprobs)
+            marked = batch["teacher_logprobs"] == -1.5
+            return values + jnp.where(
+                marked, jnp.sqrt(jnp.where(marked, zero, 1.0)), 0
+            ), diagnostics
+
+        return loss
+
+    monkeypatch.setattr(training_run, "lightning_opd", objective)
+    with pytest.raises(UserError, match=r"gradient norm (nan|inf) \(1 of its 8 .* 107/0"):
+        run_training(tmp_path, steps=9, data=batches(source=source))
+
+
+def test_every_weight_wrong_names_the_batch(tmp_path):
     params = random_params(CONFIG, 0)
     params["embed"] = params["embed"].at[3:].set(jnp.nan)
-    with pytest.raises(UserError, match="step 1 has loss nan"):
+    with pytest.raises(UserError, match=r"step 1 has loss nan .*8 of its 8 records"):
         run_training(tmp_path, params=params)
+
+
+def test_profile_of_some_steps(tmp_path):
+    run_training(tmp_path, steps=4, profile_steps=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_fingerprint_sees_one_bit_and_no_sharding():
@@ -176,10 +314,40 @@ def test_decay_spares_norms_and_embeddings():
         assert (np.abs(update).max() == 0) == still, name
 
 
+@pytest.mark.parametrize("changes", [{"optimizer": "adafactor"}, {"mu_dtype": "bfloat16"}])
+def test_memory_options_shard_save_and_learn(tmp_path, changes):
+    """On a mesh moments lie beside their parameters; a killed run ends as the whole one."""
+    mesh = mesh_of(1, 2, 2)
+    wide = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    recipe = training_recipe(steps=4, learning_rate=3e-3, **changes)
+    optimizer = make_optimizer(recipe)
+    state = create_state(wide, optimizer, random_params(wide, 0), mesh)
+    size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    weights = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    if "optimizer" in changes:
+        rms = state.opt_state[1][0]
+        row, column = rms.v_row["layers"]["mlp"]["up"], rms.v_col["layers"]["mlp"]["up"]
+        assert {row.shape, column.shape} == {(2, 128), (2, 256)}
+        assert {row.sharding.spec, column.sharding.spec} == {P(None, "fsdp"), P(None, "tensor")}
+        assert size < 0.5 * weights
+    else:
+        mu = state.opt_state[1][0].mu["layers"]["mlp"]["up"]
+        assert mu.dtype == jnp.bfloat16 and mu.sharding.spec == P(None, "fsdp", "tensor")
+        assert size < 1.51 * weights
+    expected = run_training(tmp_path / "whole", steps=4, recipe={**changes}, checkpoint_every=2)
+    losses = [row["loss"] for row in expected[1]]
+    assert losses[-1] < losses[0]
+    data = crashing(batches(), 3)
+    with pytest.raises(Crash):
+        run_training(tmp_path, steps=4, data=data, recipe={**changes}, checkpoint_every=2)
+    again = run_training(tmp_path, steps=4, recipe={**changes}, checkpoint_every=2)
+    assert again == expected
+
+
 def test_training_fits_the_teacher(tmp_path):
     """A few steps of cross-entropy on one batch lower its loss: the loop learns at all."""
     mesh = mesh_of(1, 1, 1)
-    data = batches(count=8)
+    data = batches(source=training_run.records(8))
     optimizer = make_optimizer(training_recipe(learning_rate=3e-3))
     step = make_train_step(CONFIG, optimizer, cross_entropy(), mesh)
     state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)

@@ -131,7 +131,8 @@ class Records:
 
     def __getitem__(self, index: int) -> dict:
         record = self._source[index]
-        schema.check_record(record, f"{self._path}, record {index}")
+        who = f"prompt_id {record['prompt_id']}, sample_id {record['sample_id']}"
+        schema.check_record(record, f"{self._path}, record {index} ({who})")
         return record
 
     def __iter__(self) -> Iterator[dict]:

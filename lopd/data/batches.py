@@ -1,12 +1,103 @@
 """Step-indexed training batches: what step n reads is a function of (seed, n) and nothing else."""
 
-from collections.abc import Sequence
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from lopd.data.packing import Arrays, pack, pad_rows
+from lopd.data.packing import Arrays, assign_rows, fill_rows, sequence_length
 from lopd.objectives import token_weights
+from lopd.parallel import rows_sharding
+
+RESPONSE_STATS = (
+    "responses",
+    "positions",
+    "positions_squared",
+    "response_length",
+    "truncated",
+    "repetition",
+)
+"""Columns of `response_stats`: sums over the responses of a packed row.
+
+`positions` are the row positions that a response takes with its prompt; `repetition` is
+`repeated_share`.
+"""
+
+_AHEAD = 3
+"""Batches prepared before they are asked for."""
+_WHOLE = ("num_micro",)
+"""Entries of a batch that every device holds; all others are split by rows."""
+
+
+def repeated_share(tokens: np.ndarray) -> float:
+    """The share of 8-grams that occurred earlier in the same response; near 1 in a loop."""
+    grams = tokens.astype(np.uint64)
+    for shift, odd in ((1, 0x9E3779B97F4A7C15), (2, 0xC2B2AE3D27D4EB4F), (4, 0x165667B19E3779F9)):
+        if len(grams) <= shift:
+            return 0.0
+        grams = grams[:-shift] * np.uint64(odd) + grams[shift:]  # a hash modulo 2**64
+    grams.sort()  # np.unique is a hundred times slower on a short array
+    return np.count_nonzero(grams[1:] == grams[:-1]) / len(grams)
+
+
+def _stats(record: dict) -> list[float]:
+    positions = sequence_length(record)
+    response = record["response_tokens"]
+    cut = not record.get("finished", True)
+    return [1, positions, positions**2, len(response), cut, repeated_share(response)]
+
+
+def _micro_batches(
+    lengths: np.ndarray,
+    read: Callable[[int], dict],
+    *,
+    row_length: int,
+    rows_per_micro: int,
+    reduction: str,
+    token_fields: Sequence[str],
+    rows: np.ndarray,
+) -> Arrays:
+    """`micro_batches` from (prompt, response) lengths [B, 2], reading only what `rows` hold."""
+    weights = token_weights(lengths[:, 1], reduction)
+    places = assign_rows((lengths.sum(axis=1) - 1).tolist(), row_length)
+    used = max(row for row, _ in places) + 1
+    micros = -(-len(lengths) // rows_per_micro)
+    # Row r of the batch is row r % rows_per_micro of micro-batch r // rows_per_micro.
+    local = {int(row): i for i, row in enumerate(rows)}
+    own, own_places = [], []
+    for i, (row, offset) in enumerate(places):
+        micro, row = divmod(row, rows_per_micro)
+        if row in local:
+            own.append(i)
+            own_places.append((micro * len(rows) + local[row], offset))
+    records = [{**read(i), "weights": weights[i]} for i in own]
+    arrays, _ = fill_rows(
+        records,
+        [i + 1 for i in own],
+        own_places,
+        micros * len(rows),
+        row_length,
+        (*token_fields, "weights"),
+    )
+    stats = np.zeros((micros * len(rows), len(RESPONSE_STATS)), np.float32)
+    for record, (row, _) in zip(records, own_places, strict=True):
+        stats[row] += _stats(record)
+    arrays = {
+        name: a.reshape(micros, len(rows), a.shape[1])
+        for name, a in {**arrays, "response_stats": stats}.items()
+    }
+    return {**arrays, "num_micro": np.int32(-(-used // rows_per_micro))}
+
+
+def record_length(record: dict) -> tuple[int, int]:
+    """(prompt, response) lengths in tokens."""
+    return len(record["prompt_tokens"]), len(record["response_tokens"])
 
 
 def micro_batches(
@@ -16,23 +107,83 @@ def micro_batches(
     rows_per_micro: int,
     reduction: str,
     token_fields: Sequence[str] = (),
+    rows: np.ndarray | None = None,
 ) -> Arrays:
     """One global batch as packed micro-batches [M, rows_per_micro, row_length].
 
     M is fixed by the number of records (each might need a row of its own), so that every batch
     has one shape; `num_micro` says how many micro-batches hold anything, and the training step
-    stops there. `weights` carries the loss reduction over the whole batch.
+    stops there. `weights` carries the loss reduction over the whole batch. Record i has segment
+    id i + 1. `response_stats` [M, rows_per_micro, len(RESPONSE_STATS)] are sums over each row.
+
+    Args:
+      rows: which rows of each micro-batch to make; all by default.
     """
-    weights = token_weights([len(r["response_tokens"]) for r in records], reduction)
-    weighted = [{**r, "weights": w} for r, w in zip(records, weights, strict=True)]
-    arrays, _ = pack(weighted, row_length, (*token_fields, "weights"))
-    used = len(arrays["tokens"])
-    most = -(-len(records) // rows_per_micro)
-    arrays = {
-        name: a.reshape(most, rows_per_micro, row_length)
-        for name, a in pad_rows(arrays, most * rows_per_micro).items()
-    }
-    return {**arrays, "num_micro": np.int32(-(-used // rows_per_micro))}
+    return _micro_batches(
+        np.array([record_length(r) for r in records]),
+        records.__getitem__,
+        row_length=row_length,
+        rows_per_micro=rows_per_micro,
+        reduction=reduction,
+        token_fields=token_fields,
+        rows=np.arange(rows_per_micro) if rows is None else rows,
+    )
+
+
+def process_rows(mesh: Mesh, rows_per_micro: int) -> np.ndarray:
+    """The rows of a micro-batch that this process's devices hold, ascending."""
+    held = rows_sharding(mesh).addressable_devices_indices_map((rows_per_micro,))
+    return np.unique(np.concatenate([np.arange(rows_per_micro)[i] for i in held.values()]))
+
+
+def record_lengths(source: Sequence[dict]) -> np.ndarray:
+    """(prompt, response) lengths of every record, int32 [N, 2]; each process reads its share."""
+    count, size = jax.process_count(), len(source)
+    own = range(jax.process_index(), size, count)
+    lengths = np.zeros((-(-size // count), 2), np.int32)
+    lengths[: len(own)] = np.array([record_length(source[i]) for i in own]).reshape(-1, 2)
+    # [processes, share, 2]: record i is entry i // processes of process i % processes.
+    gathered = np.asarray(multihost_utils.process_allgather(lengths)).reshape(count, -1, 2)
+    return gathered.swapaxes(0, 1).reshape(-1, 2)[:size]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatches:
+    """The batches of a training run, by step (0 is the first), made by `step_batches`."""
+
+    source: Sequence[dict]
+    indices: grain.MapDataset
+    """Item n: the indices in `source` of the records of step n, int [batch_size]."""
+    lengths: np.ndarray | None
+    """`record_lengths`, or None where every record of a batch is read anyway."""
+    layout: dict
+    """Keyword arguments of `micro_batches`."""
+
+    def __getitem__(self, step: int) -> Arrays:
+        indices = self.indices[step]
+        if self.lengths is None:
+            return micro_batches([self.source[int(i)] for i in indices], **self.layout)
+        lengths = self.lengths[indices]
+        return _micro_batches(lengths, lambda i: self.source[int(indices[i])], **self.layout)
+
+    def iterate(self, start: int, stop: int) -> Iterator[Arrays]:
+        """The batches of steps start … stop − 1, prepared ahead in a thread of their own."""
+        # grain's to_iter_dataset takes 25 ms per batch for this, and seconds to start.
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        try:
+            ahead = collections.deque()
+            for step in range(start, stop):
+                ahead.append(pool.submit(self.__getitem__, step))
+                if len(ahead) > _AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def records(self, step: int) -> list[dict]:
+        """The records of one step, whoever trains on them."""
+        return [self.source[int(i)] for i in self.indices[step]]
 
 
 def step_batches(
@@ -44,23 +195,45 @@ def step_batches(
     rows_per_micro: int,
     reduction: str,
     token_fields: Sequence[str] = (),
-) -> grain.MapDataset:
-    """A dataset whose item n is the batch of training step n, packed by `micro_batches`.
+    mesh: Mesh | None = None,
+) -> StepBatches:
+    """Batches whose item n is what step n trains on, packed by `micro_batches`.
 
     Records are shuffled globally, anew in each pass over the source; batches run on across the
-    end of a pass, so no record is dropped.
-    A record longer than a row is an error of `pack`; `lopd.config.validate` rules it out before.
-    """
+    end of a pass, so no record is dropped. Neither the number of processes nor `rows_per_micro`
+    changes which records a step sees, nor which row of the batch they are in. With several
+    processes each reads the lengths of all records once, and then only the records of its rows.
+    A record longer than a row is an error of `assign_rows`; `lopd.config.validate` rules it out
+    before.
 
-    def to_batch(records: Sequence[dict]) -> Arrays:
-        return micro_batches(
-            records,
+    Args:
+      mesh: whose rows to make; by default, of one process.
+    """
+    every = np.arange(rows_per_micro)
+    # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
+    indices = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
+    return StepBatches(
+        source,
+        indices.batch(batch_size, batch_fn=np.array),
+        None if jax.process_count() == 1 else record_lengths(source),
+        dict(
             row_length=row_length,
             rows_per_micro=rows_per_micro,
             reduction=reduction,
-            token_fields=token_fields,
-        )
+            token_fields=tuple(token_fields),
+            rows=every if mesh is None else process_rows(mesh, rows_per_micro),
+        ),
+    )
 
-    # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    return dataset.batch(batch_size, batch_fn=to_batch)
+
+def put_batch(batch: Arrays, mesh: Mesh, rows_per_micro: int) -> dict[str, jax.Array]:
+    """This process's part of a batch as global arrays, rows split over the mesh."""
+    rows = rows_sharding(mesh, leading=1)
+    arrays = {}
+    for name, x in batch.items():
+        if name in _WHOLE:
+            arrays[name] = x  # jit replicates a host scalar
+        else:
+            shape = (x.shape[0], rows_per_micro, *x.shape[2:])
+            arrays[name] = jax.make_array_from_process_local_data(rows, x, shape)
+    return arrays

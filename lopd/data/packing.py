@@ -6,6 +6,7 @@ belongs to a response token (mask, weight, log-probabilities) therefore sits whe
 the target: the offsets P − 1 … P + R − 2 of a sequence with P prompt and R response tokens.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -39,18 +40,54 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]
       ValueError: if a sequence is longer than a row.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # (space left, row), sorted
     places = [(0, 0)] * len(lengths)
     for i in order:
-        if lengths[i] > row_length:
-            raise ValueError(f"sequence {i} has {lengths[i]} tokens, rows hold {row_length}")
-        fitting = [(space, row) for row, space in enumerate(free) if space >= lengths[i]]
-        row = min(fitting)[1] if fitting else len(free)
-        if not fitting:
-            free.append(row_length)
-        places[i] = (row, row_length - free[row])
-        free[row] -= lengths[i]
+        length = lengths[i]
+        if length > row_length:
+            raise ValueError(f"sequence {i} has {length} tokens, rows hold {row_length}")
+        fitting = bisect.bisect_left(free, (length, -1))
+        space, row = free.pop(fitting) if fitting < len(free) else (row_length, len(free))
+        places[i] = (row, row_length - space)
+        bisect.insort(free, (space - length, row))
     return places
+
+
+def fill_rows(
+    records: Sequence[Mapping],
+    segments: Sequence[int],
+    places: Sequence[tuple[int, int]],
+    rows: int,
+    row_length: int,
+    token_fields: Sequence[str] = (),
+) -> tuple[Arrays, list[Span]]:
+    """Lays records out at their places; what `pack` does once it has found the places.
+
+    Args:
+      records: as in `pack`.
+      segments: the segment id of each, at least 1.
+      places: the (row, offset) of each.
+      rows: how many rows to make.
+      row_length, token_fields: as in `pack`.
+    """
+    int_fields = ("tokens", "targets", "positions", "segment_ids")
+    arrays: Arrays = {name: np.zeros((rows, row_length), np.int32) for name in int_fields}
+    arrays["mask"] = np.zeros((rows, row_length), bool)
+    arrays |= {name: np.zeros((rows, row_length), np.float32) for name in token_fields}
+    spans = []
+    for segment, record, (row, offset) in zip(segments, records, places, strict=True):
+        sequence = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
+        window = slice(offset, offset + len(sequence) - 1)
+        arrays["tokens"][row, window] = sequence[:-1]
+        arrays["targets"][row, window] = sequence[1:]
+        arrays["positions"][row, window] = np.arange(len(sequence) - 1)
+        arrays["segment_ids"][row, window] = segment
+        span = Span(row, offset + len(record["prompt_tokens"]) - 1, len(record["response_tokens"]))
+        span.read(arrays["mask"])[:] = True
+        for name in token_fields:
+            span.read(arrays[name])[:] = record[name]
+        spans.append(span)
+    return arrays, spans
 
 
 def pack(
@@ -71,24 +108,8 @@ def pack(
     """
     places = assign_rows([sequence_length(r) for r in records], row_length)
     rows = max(row for row, _ in places) + 1
-    int_fields = ("tokens", "targets", "positions", "segment_ids")
-    arrays: Arrays = {name: np.zeros((rows, row_length), np.int32) for name in int_fields}
-    arrays["mask"] = np.zeros((rows, row_length), bool)
-    arrays |= {name: np.zeros((rows, row_length), np.float32) for name in token_fields}
-    spans = []
-    for segment, (record, (row, offset)) in enumerate(zip(records, places, strict=True), start=1):
-        sequence = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
-        window = slice(offset, offset + len(sequence) - 1)
-        arrays["tokens"][row, window] = sequence[:-1]
-        arrays["targets"][row, window] = sequence[1:]
-        arrays["positions"][row, window] = np.arange(len(sequence) - 1)
-        arrays["segment_ids"][row, window] = segment
-        span = Span(row, offset + len(record["prompt_tokens"]) - 1, len(record["response_tokens"]))
-        span.read(arrays["mask"])[:] = True
-        for name in token_fields:
-            span.read(arrays[name])[:] = record[name]
-        spans.append(span)
-    return arrays, spans
+    segments = range(1, len(records) + 1)
+    return fill_rows(records, segments, places, rows, row_length, token_fields)
 
 
 def pad_rows(arrays: Arrays, rows: int) -> Arrays:

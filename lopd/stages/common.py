@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import grain
 import jax
 import ml_collections
 
 from lopd.artefact import Artefact
 from lopd.context import PARAMS, Context
+from lopd.data.batches import StepBatches, step_batches
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
@@ -17,6 +17,7 @@ from lopd.parallel import check_divisible, param_shardings
 from lopd.sampling.engine import Request, Response, Sampling, generate
 from lopd.tasks import Problem
 from lopd.training import checkpoints
+from lopd.training.diagnostics import Drift
 from lopd.training.loop import train
 
 
@@ -65,14 +66,37 @@ def base_params(ctx: Context, which: str) -> qwen3.Params:
     return init(jax.random.key(ctx.seed(f"{which} weights")))
 
 
+def make_batches(
+    ctx: Context,
+    source: Sequence[dict],
+    recipe: ml_collections.ConfigDict,
+    purpose: str,
+    token_fields: Sequence[str] = (),
+) -> StepBatches:
+    """The step-indexed batches of a training stage, in an order of its own."""
+    return step_batches(
+        source,
+        seed=ctx.seed(f"{purpose} order"),
+        batch_size=recipe.batch_size,
+        row_length=recipe.row_length,
+        rows_per_micro=ctx.config.runtime.rows_per_micro,
+        reduction=recipe.reduction,
+        token_fields=token_fields,
+        mesh=ctx.mesh,
+    )
+
+
 def train_into(
     ctx: Context,
     artefact: Artefact,
     which: str,
     params: qwen3.Params,
-    batches: grain.MapDataset,
+    batches: StepBatches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
+    *,
+    drift: Drift | None = None,
+    router_coefficient: float = 0.0,
 ) -> dict:
     """Trains a model, saves its weights under the artefact, and returns their identity."""
     model = ctx.model(which)
@@ -84,8 +108,10 @@ def train_into(
         objective,
         recipe,
         mesh=ctx.mesh,
-        checkpoint_every=ctx.config.runtime.checkpoint_every,
-        label=artefact.path.name,
+        runtime=ctx.config.runtime,
+        metrics=ctx.config.metrics,
+        drift=drift,
+        router_coefficient=router_coefficient,
     )
     checkpoints.save_params(artefact.path / PARAMS, params)
     return {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}

@@ -7,7 +7,8 @@ from lopd.stages import common, sft
 
 def settings(ctx: Context) -> dict:
     """What the control depends on."""
-    return common.stage_settings(ctx, "control") | common.model_settings(ctx, "student")
+    shared = common.stage_settings(ctx, "control") | common.model_settings(ctx, "student")
+    return shared | sft.router_settings(ctx)
 
 
 def inputs(ctx: Context) -> dict:

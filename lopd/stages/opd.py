@@ -3,10 +3,11 @@
 from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import Context
-from lopd.data.batches import step_batches
+from lopd.data.batches import StepBatches
 from lopd.errors import UserError
-from lopd.objectives import lightning_opd
+from lopd.objectives import Objective, lightning_opd
 from lopd.stages import common
+from lopd.training.diagnostics import Drift, make_drift
 
 
 def settings(ctx: Context) -> dict:
@@ -35,18 +36,31 @@ def inputs(ctx: Context) -> dict:
     return {"sft": start, "precompute": cache.outputs["fingerprint"]}
 
 
+def _drift(ctx: Context, batches: StepBatches, objective: Objective) -> Drift:
+    """The drift panel, with the held-out T = 1 responses if that stage has run."""
+    heldout = None
+    if ctx.exists("heldout"):
+        records = Records(ctx.input("heldout"))
+        heldout = [records[i] for i in range(len(records))]
+    return make_drift(
+        ctx.model("student"),
+        objective,
+        ctx.mesh,
+        every=ctx.config.runtime.drift_every,
+        heldout=heldout,
+        layout=batches.layout,
+    )
+
+
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Huber regression of log π_θ onto log π_T over the cache."""
     recipe = ctx.config.opd
-    batches = step_batches(
-        Records(ctx.input("precompute")),
-        seed=ctx.seed("opd order"),
-        batch_size=recipe.batch_size,
-        row_length=recipe.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-        reduction=recipe.reduction,
-        token_fields=("teacher_logprobs", "ref_logprobs"),
-    )
+    fields = ("teacher_logprobs", "ref_logprobs")
+    cache = Records(ctx.input("precompute"))
+    batches = common.make_batches(ctx, cache, recipe, "opd", fields)
     params = ctx.load_params("sft", "student")
     objective = lightning_opd(recipe.tau)
-    return common.train_into(ctx, artefact, "student", params, batches, objective, recipe)
+    drift = _drift(ctx, batches, objective)
+    return common.train_into(
+        ctx, artefact, "student", params, batches, objective, recipe, drift=drift
+    )

@@ -9,15 +9,29 @@ import ml_collections
 from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import Context
-from lopd.data.batches import step_batches
 from lopd.models.qwen3 import Params
 from lopd.objectives import cross_entropy
 from lopd.stages import common
 
 
+def router_coefficient(ctx: Context) -> float:
+    """Weight of the router's load-balancing loss: 0 but for a mixture of experts in SFT."""
+    model = ctx.model("student")
+    wanted = model.num_experts and ctx.config.sft.router_loss
+    return model.router_aux_loss_coef if wanted else 0.0
+
+
+def router_settings(ctx: Context) -> dict:
+    """The load-balancing loss is of a micro-batch, so its size is part of the result."""
+    if not router_coefficient(ctx):
+        return {}
+    return {"rows_per_micro": ctx.config.runtime.rows_per_micro}
+
+
 def settings(ctx: Context) -> dict:
     """What π_ref depends on."""
-    return common.stage_settings(ctx, "sft") | common.model_settings(ctx, "student")
+    shared = common.stage_settings(ctx, "sft") | common.model_settings(ctx, "student")
+    return shared | router_settings(ctx)
 
 
 def inputs(ctx: Context) -> dict:
@@ -31,15 +45,17 @@ def fine_tune(
 ) -> dict:
     """SFT from `params`; `teacher` in the outputs says whose answers it learnt from."""
     data = ctx.input("sft_data")
-    batches = step_batches(
-        Records(data),
-        seed=ctx.seed(f"{artefact.path.name} order"),
-        batch_size=recipe.batch_size,
-        row_length=recipe.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-        reduction=recipe.reduction,
+    batches = common.make_batches(ctx, Records(data), recipe, artefact.path.name)
+    outputs = common.train_into(
+        ctx,
+        artefact,
+        "student",
+        params,
+        batches,
+        cross_entropy(),
+        recipe,
+        router_coefficient=router_coefficient(ctx),
     )
-    outputs = common.train_into(ctx, artefact, "student", params, batches, cross_entropy(), recipe)
     return {**outputs, "teacher": data.outputs["teacher"]}
 
 

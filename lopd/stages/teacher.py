@@ -7,9 +7,8 @@ import numpy as np
 
 from lopd.artefact import Artefact
 from lopd.context import Context
-from lopd.data.batches import step_batches
 from lopd.objectives import cross_entropy
-from lopd.stages.common import base_params, stage_settings, train_into
+from lopd.stages.common import base_params, make_batches, stage_settings, train_into
 
 
 class WorkedAnswers:
@@ -26,6 +25,8 @@ class WorkedAnswers:
         problem = self._task.problem(int(self._ids[index]))
         response = [*self._tokenizer.encode(problem.solution), self._tokenizer.end_id]
         return {
+            "prompt_id": problem.problem_id,
+            "sample_id": 0,
             "prompt_tokens": np.asarray(self._tokenizer.encode(problem.prompt), np.int32),
             "response_tokens": np.asarray(response, np.int32),
         }
@@ -33,7 +34,7 @@ class WorkedAnswers:
 
 def settings(ctx: Context) -> dict:
     """What the trained teacher depends on."""
-    return stage_settings(ctx, "teacher", "task")
+    return stage_settings(ctx, "teacher", "task", "dtype")
 
 
 def inputs(ctx: Context) -> dict:
@@ -44,14 +45,8 @@ def inputs(ctx: Context) -> dict:
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Trains it from scratch."""
     recipe = ctx.config.teacher
-    batches = step_batches(
-        WorkedAnswers(ctx, "teacher", recipe.problems),
-        seed=ctx.seed("teacher order"),
-        batch_size=recipe.batch_size,
-        row_length=recipe.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-        reduction=recipe.reduction,
-    )
+    answers = WorkedAnswers(ctx, "teacher", recipe.problems)
+    batches = make_batches(ctx, answers, recipe, "teacher")
     objective = cross_entropy(recipe.label_smoothing)
     params = base_params(ctx, "teacher")
     return train_into(ctx, artefact, "teacher", params, batches, objective, recipe)

@@ -1,109 +1,287 @@
-"""The training loop: feeds the step, keeps one step in flight, logs and saves."""
+"""The training loop: feeds the step, keeps one step in flight, logs, saves and stops cleanly."""
 
+import dataclasses
 import math
 import time
+from typing import Any
 
-import grain
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from lopd import parallel, shutdown
 from lopd.artefact import Artefact
-from lopd.errors import UserError
+from lopd.data.batches import StepBatches, put_batch
 from lopd.models import qwen3
 from lopd.objectives import Objective
-from lopd.progress import MetricsFile, bar
-from lopd.training import checkpoints
-from lopd.training.state import abstract_state, create_state, make_optimizer
+from lopd.progress import MetricsFile, bar, metrics_writers
+from lopd.training import checkpoints, failure
+from lopd.training.diagnostics import Drift, panel_row, scalars
+from lopd.training.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from lopd.training.step import make_train_step
+from lopd.training.utilisation import peak_flops, training_flops
 
 
-def _put(batch: dict, mesh: Mesh) -> dict:
-    """Moves a host batch to the devices, rows split over the mesh."""
-    rows, whole = parallel.rows_sharding(mesh, leading=1), parallel.replicated(mesh)
-    return {
-        name: jax.device_put(x, whole if name == "num_micro" else rows) for name, x in batch.items()
-    }
+class _NotFinite(Exception):
+    """A step's loss or gradient norm is not finite: (step, row)."""
+
+
+@dataclasses.dataclass
+class _InFlight:
+    """A step that was dispatched and has not been read."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    drift: Any
+    """What `Drift.look` dispatched at this step, or None."""
+    waited: float
+    """Seconds that the loop waited for its batch."""
+
+
+class _Log:
+    """Rows of metrics.jsonl and drift.jsonl, and the live line."""
+
+    def __init__(
+        self,
+        artefact: Artefact,
+        model: qwen3.Qwen3Config,
+        recipe: ml_collections.ConfigDict,
+        metrics: ml_collections.ConfigDict,
+        mesh: Mesh,
+        start: int,
+        drift: bool,
+    ):
+        settings = artefact.manifest["settings"]
+        self._writers = metrics_writers(artefact.path, start, metrics, settings)
+        self._drift = None
+        if drift and jax.process_index() == 0:
+            self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
+        self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
+        self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
+        counts = jnp.arange(recipe.steps)
+        self._rates = np.asarray(jax.vmap(learning_rate_schedule(recipe))(counts) + 0.0 * counts)
+        self._clock = time.perf_counter()
+
+    def read(self, item: _InFlight) -> None:
+        """Waits for a step and writes its rows.
+
+        Raises:
+          _NotFinite: instead of writing, if its loss or gradient is not finite.
+        """
+        metrics, drift = jax.device_get((item.metrics, item.drift))
+        row = scalars(metrics)
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise _NotFinite(item.step, row)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        row["learning_rate"] = float(self._rates[item.step - 1])
+        row["tokens_per_second"] = row["tokens"] / seconds
+        row["data_wait"] = item.waited / seconds
+        shown = {"loss": f"{row['loss']:.4f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
+        if self._peak:
+            flops = training_flops(
+                self._model, float(metrics["positions"]), float(metrics["positions_squared"])
+            )
+            row["utilisation"] = flops / seconds / self._peak
+            shown["util"] = f"{row['utilisation']:.0%}"
+        for writer in self._writers:
+            writer.write({"step": item.step, **row})
+        if drift is not None and self._drift is not None:
+            self._drift.write(panel_row(item.step, *drift))
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Closes the files and the live line."""
+        self._bar.close()
+        for writer in [*self._writers, *([self._drift] if self._drift else [])]:
+            writer.close()
+
+
+class _Stop:
+    """Whether any process was asked to stop; with several, all learn of it at the same step."""
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = parallel.rows_sharding(mesh)
+        self._rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._any = jax.jit(jnp.any, out_shardings=parallel.replicated(mesh))
+        self._before = None
+
+    def agreed(self) -> bool:
+        """Asks, and answers what was asked one step ago: that answer needs no waiting."""
+        if jax.process_count() == 1:
+            return shutdown.requested()
+        asked = shutdown.requested()
+        flags = jax.make_array_from_callback(
+            (self._rows,), self._sharding, lambda i: np.full(self._rows, asked)[i]
+        )
+        before, self._before = self._before, self._any(flags)
+        return before is not None and bool(before)
+
+
+class _Profile:
+    """A jax.profiler trace of steps first … last, under the artefact; (0, 0) for none."""
+
+    def __init__(self, artefact: Artefact, steps: tuple[int, int]):
+        self._path = str(artefact.path / "profile")
+        self._first, self._last = steps
+        self._on = False
+
+    def before(self, step: int) -> None:
+        """Starts it when its first step is about to be dispatched."""
+        if step == self._first:
+            jax.profiler.start_trace(self._path)
+            self._on = True
+
+    def after(self, step: int, result: Any) -> None:
+        """Ends it once its last step, whose `result` this is, has run."""
+        if self._on and step == self._last:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self._on = False
+
+
+def _resume(
+    manager: ocp.CheckpointManager,
+    artefact: Artefact,
+    model: qwen3.Qwen3Config,
+    initial_params: qwen3.Params,
+    optimizer: Any,
+    mesh: Mesh,
+    keep: int,
+) -> tuple[int, TrainState]:
+    """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
+    abstract = abstract_state(model, optimizer, mesh)
+    checkpoints.check_room(artefact.path / "checkpoints", abstract, keep)
+    start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
+    if state is None:
+        state = create_state(model, optimizer, initial_params, mesh)
+    return start, state
+
+
+def _identity(artefact: Artefact) -> dict:
+    return {key: artefact.manifest[key] for key in ("settings", "inputs")}
 
 
 def train(
     artefact: Artefact,
     model: qwen3.Qwen3Config,
     initial_params: qwen3.Params,
-    batches: grain.MapDataset,
+    batches: StepBatches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
     *,
     mesh: Mesh,
-    checkpoint_every: int,
-    label: str,
+    runtime: ml_collections.ConfigDict,
+    metrics: ml_collections.ConfigDict,
+    drift: Drift | None = None,
+    router_coefficient: float = 0.0,
 ) -> qwen3.Params:
     """Trains for `recipe.steps` steps and returns the parameters.
 
-    Continues from the newest checkpoint under the artefact, if there is one: batch n is a
+    Continues from the newest good checkpoint under the artefact, if there is one: batch n is a
     function of n, so the result is that of an uninterrupted run. Step n is dispatched before
     the metrics of step n − 1 are read, so the device does not wait for the host.
 
     Args:
-      artefact: where checkpoints and metrics.jsonl go.
+      artefact: where checkpoints, metrics.jsonl, drift.jsonl and the rest go; its name is shown.
       model: the model's shape.
       initial_params: where a fresh run starts.
-      batches: item n is the batch of step n.
+      batches: item n is the batch of step n + 1.
       objective: the per-token loss.
       recipe: steps, learning rate and so on (`lopd.config.training_recipe`).
       mesh: the devices.
-      checkpoint_every: steps between checkpoints.
-      label: name on the progress bar.
+      runtime, metrics: the sections of the settings.
+      drift: the drift panel, for OPD.
+      router_coefficient: weight of a mixture of experts' load-balancing loss.
 
     Raises:
-      UserError: at the first step whose loss or gradient is not finite.
+      UserError: at the first step whose loss or gradient is not finite, naming the records.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+      OSError: if a checkpoint could not be written; those before it are whole.
     """
     optimizer = make_optimizer(recipe)
-    step_fn = make_train_step(model, optimizer, objective, mesh)
-    with checkpoints.open_manager(artefact.path / "checkpoints", checkpoint_every) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            state = checkpoints.restore_state(
-                manager, start, abstract_state(model, optimizer, mesh)
+    step_fn = make_train_step(model, optimizer, objective, mesh, router_coefficient)
+    directory, keep = artefact.path / "checkpoints", runtime.keep_checkpoints
+    with (
+        checkpoints.full_disk_is_an_os_error(),
+        checkpoints.open_manager(directory, keep, runtime.keep_every) as manager,
+    ):
+        start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
+        log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
+        loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, drift, state)
+        try:
+            if loop.run(batches, start, recipe.steps):
+                loop.save_now()
+                raise shutdown.Stopped
+        except _NotFinite as error:
+            loop.save_now()
+            params = loop.state.params
+            failure.stop_with_records(
+                artefact, model, objective, params, batches, *error.args, mesh=mesh
             )
-        else:
-            state = create_state(model, optimizer, initial_params, mesh)
-        metrics_file = MetricsFile(artefact.path / "metrics.jsonl", resume_step=start)
-        progress = bar(total=recipe.steps, initial=start, label=label, unit="steps")
-        clock = time.perf_counter()
+        finally:
+            log.close()
+    return loop.state.params
 
-        def report(step: int, metrics: dict) -> None:
-            nonlocal clock
-            row = {name: float(x) for name, x in jax.device_get(metrics).items()}
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise UserError(
-                    f"{label}: step {step} has loss {row['loss']} and gradient norm "
-                    f"{row['grad_norm']}; lower the learning rate, or look at its batch"
-                )
-            now = time.perf_counter()
-            row["tokens_per_second"] = row["tokens"] / (now - clock)
-            clock = now
-            metrics_file.write({"step": step, **row})
-            progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            progress.update()
 
-        reads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        in_flight = None
-        for step, batch in enumerate(
-            batches.slice(slice(start, recipe.steps)).to_iter_dataset(reads), start=start + 1
-        ):
-            shutdown.check()
-            state, metrics = step_fn(state, _put(batch, mesh))
+@dataclasses.dataclass
+class _Loop:
+    """What a run works with, and the state that it changes."""
+
+    artefact: Artefact
+    manager: ocp.CheckpointManager
+    log: _Log
+    step_fn: Any
+    mesh: Mesh
+    runtime: ml_collections.ConfigDict
+    drift: Drift | None
+    state: TrainState
+
+    def run(self, batches: StepBatches, start: int, last: int) -> bool:
+        """Steps start + 1 … last; true if it ended earlier because it was asked to stop."""
+        stop, profile = _Stop(self.mesh), _Profile(self.artefact, self.runtime.profile_steps)
+        data, in_flight, stopped = batches.iterate(start, last), None, False
+        for step in range(start + 1, last + 1):
+            if stopped := stop.agreed():
+                break
+            clock = time.perf_counter()
+            batch = put_batch(next(data), self.mesh, self.runtime.rows_per_micro)
+            waited = time.perf_counter() - clock
+            profile.before(step)
+            look = None
+            if self.drift and (step % self.drift.every == 0 or step == last):
+                look = self.drift.look(self.state.params, batch)
+            self.state, metrics = self.step_fn(self.state, batch)
+            profile.after(step, metrics)
             if in_flight is not None:
-                report(*in_flight)
-            in_flight = (step, metrics)
-            if step < recipe.steps and manager.should_save(step):
-                report(*in_flight)
+                self.log.read(in_flight)
+            in_flight = _InFlight(step, metrics, look, waited)
+            if step < last and step % self.runtime.checkpoint_every == 0:
+                self.log.read(in_flight)
                 in_flight = None
-                checkpoints.save_state(manager, step, state)
+                self._save(step)
         if in_flight is not None:
-            report(*in_flight)
-        progress.close()
-        metrics_file.close()
-    return state.params
+            self.log.read(in_flight)
+        return stopped
+
+    def _save(self, step: int) -> None:
+        checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+
+    def save_now(self) -> None:
+        """Saves the state, unless that step is saved, and waits until it is on disk."""
+        step = int(self.state.step)
+        self.manager.wait_until_finished()
+        if step not in self.manager.all_steps():
+            self._save(step)
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()

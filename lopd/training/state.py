@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lopd import parallel
 from lopd.models import qwen3
@@ -13,9 +14,12 @@ from lopd.models import qwen3
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes. `step` counts finished optimizer updates."""
+    """Everything a step changes."""
 
     step: jax.Array
+    """int32, the finished optimizer updates."""
+    finite: jax.Array
+    """bool, false from the first non-finite loss or gradient on; then nothing changes any more."""
     params: qwen3.Params
     opt_state: optax.OptState
 
@@ -45,34 +49,60 @@ def _decayed(params: qwen3.Params) -> qwen3.Params:
 
 
 def make_optimizer(recipe: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping, as the paper uses it (arXiv 2604.13010, appendix)."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.grad_clip),
-        optax.adamw(
-            learning_rate_schedule(recipe),
+    """Global-norm clipping, then AdamW as the paper uses it (arXiv 2604.13010, appendix).
+
+    To save memory: `mu_dtype="bfloat16"` halves AdamW's first moment, and `optimizer="adafactor"`
+    keeps only row and column sums of the second (arXiv 1804.04235), with update clipping at 1 and
+    without momentum. Its learning rate stays absolute, not relative to the size of the parameter.
+    """
+    schedule = learning_rate_schedule(recipe)
+    if recipe.optimizer == "adamw":
+        update = optax.adamw(
+            schedule,
             b1=recipe.b1,
             b2=recipe.b2,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             mask=_decayed,
-        ),
-    )
+            mu_dtype=recipe.mu_dtype,
+        )
+    else:
+        update = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(recipe.weight_decay, mask=_decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.chain(optax.clip_by_global_norm(recipe.grad_clip), update)
+
+
+def _moment_sharding(moment, param, sharding: NamedSharding) -> NamedSharding:
+    """Where an optimizer's array lies: beside its parameter, also when one axis is summed away."""
+    if moment.shape == param.shape:
+        return sharding
+    axes = tuple(sharding.spec) + (None,) * (param.ndim - len(sharding.spec))
+    for summed in range(param.ndim):
+        if moment.shape == param.shape[:summed] + param.shape[summed + 1 :]:
+            return NamedSharding(sharding.mesh, P(*axes[:summed], *axes[summed + 1 :]))
+    return NamedSharding(sharding.mesh, P())
 
 
 def state_shardings(
     config: qwen3.Qwen3Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The sharding of every leaf of the state; moments lie where their parameter lies."""
-    params = parallel.param_shardings(config, mesh)
+    params = qwen3.abstract_params(config)
+    shardings = parallel.param_shardings(config, mesh)
     replicated = parallel.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, qwen3.abstract_params(config)),
+        _moment_sharding,
+        jax.eval_shape(optimizer.init, params),
         params,
+        shardings,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state)
+    return TrainState(replicated, replicated, shardings, opt_state)
 
 
 def create_state(
@@ -84,8 +114,11 @@ def create_state(
     """A fresh state that starts from `params`."""
     shardings = state_shardings(config, optimizer, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return TrainState(step, params, opt_state)
+    scalars = jax.jit(
+        lambda: (jnp.zeros((), jnp.int32), jnp.ones((), bool)),
+        out_shardings=(shardings.step, shardings.finite),
+    )()
+    return TrainState(*scalars, params, opt_state)
 
 
 def abstract_state(
@@ -94,7 +127,10 @@ def abstract_state(
     """Shapes, types and shardings of the state, to restore a checkpoint into."""
     params = qwen3.abstract_params(config)
     shapes = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params)
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.bool),
+        params,
+        jax.eval_shape(optimizer.init, params),
     )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

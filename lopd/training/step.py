@@ -1,60 +1,143 @@
 """The one jitted training step, for SFT and OPD alike: only the objective differs."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lopd.data.batches import RESPONSE_STATS
 from lopd.models import qwen3
-from lopd.objectives import Batch, Objective
+from lopd.objectives import SEQUENCE_LOG_RATIO, Batch, Objective
 from lopd.parallel import replicated
-from lopd.scoring import token_scores
+from lopd.scoring import TokenScores, token_scores
 from lopd.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
 
+_NOT_MEANS = ("loss", "router_loss", "tokens", SEQUENCE_LOG_RATIO)
 
-def micro_loss(
-    config: qwen3.Qwen3Config, objective: Objective, params: qwen3.Params, micro: Batch
-) -> tuple[jax.Array, Metrics]:
-    """Σ weight · loss of one micro-batch, and the sums of its diagnostics over masked tokens."""
+
+def forward_scores(config: qwen3.Qwen3Config, params: qwen3.Params, micro: Batch) -> TokenScores:
+    """What the model says of each target of a micro-batch; keeps nothing for a gradient."""
     hidden, _ = qwen3.forward(
-        config, params, micro["tokens"], micro["positions"], micro["segment_ids"], remat=True
+        config, params, micro["tokens"], micro["positions"], micro["segment_ids"]
     )
-    scores = token_scores(hidden, qwen3.output_head(params), micro["targets"])
-    loss, diagnostics = objective(scores, micro)
-    mask = micro["mask"]
+    return token_scores(hidden, qwen3.output_head(params), micro["targets"])
+
+
+def score_sums(
+    objective: Objective, scores: TokenScores, micro: Batch, responses: int
+) -> tuple[jax.Array, Metrics]:
+    """Σ weight · loss of one micro-batch, and the sums of its diagnostics over masked tokens.
+
+    Args:
+      responses: at least the number of responses in the whole batch.
+    """
+    token_loss, diagnostics = objective(scores, micro)
+    mask, log_ratio = micro["mask"], diagnostics.pop(SEQUENCE_LOG_RATIO, None)
     sums = {name: jnp.sum(jnp.where(mask, x, 0)) for name, x in diagnostics.items()}
     sums = {name: x.astype(jnp.float32) for name, x in sums.items()}
     sums["tokens"] = jnp.sum(mask, dtype=jnp.float32)
-    return jnp.sum(jnp.where(mask, micro["weights"] * loss, 0)), sums
+    if log_ratio is not None:
+        sums[SEQUENCE_LOG_RATIO] = sequence_sums(log_ratio, micro, responses)
+    return jnp.sum(jnp.where(mask, micro["weights"] * token_loss, 0)), sums
 
 
-def batch_gradients(
-    config: qwen3.Qwen3Config, objective: Objective, params: qwen3.Params, batch: Batch
-) -> tuple[qwen3.Params, Metrics]:
-    """Gradient and metrics of one global batch, accumulated over its used micro-batches.
+def micro_loss(
+    config: qwen3.Qwen3Config,
+    objective: Objective,
+    params: qwen3.Params,
+    micro: Batch,
+    *,
+    responses: int,
+    router_weight: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """`score_sums` of the training forward pass, with `loss` among the sums.
+
+    Args:
+      router_weight: if given, what the router's load-balancing loss is multiplied by and added to
+        what is differentiated; the `loss` among the sums stays without it.
+    """
+    inputs = (config, params, micro["tokens"], micro["positions"], micro["segment_ids"])
+    if router_weight is None:
+        hidden, router_loss = qwen3.forward(*inputs, remat=True)[0], None
+    else:
+        hidden, router_loss = qwen3.forward_with_router_loss(*inputs, remat=True)
+    scores = token_scores(hidden, qwen3.output_head(params), micro["targets"])
+    loss, sums = score_sums(objective, scores, micro, responses)
+    sums["loss"] = loss
+    if router_loss is not None:
+        sums["router_loss"] = router_weight * router_loss
+        loss += sums["router_loss"]
+    return loss, sums
+
+
+def sequence_sums(values: jax.Array, micro: Batch, responses: int) -> jax.Array:
+    """Σ over the tokens of each response, float32 [responses], by its place in the batch.
+
+    Responses of other micro-batches are 0.
+    """
+    values = jnp.where(micro["mask"], values, 0)
+    return jnp.zeros(responses + 1).at[micro["segment_ids"]].add(values)[1:]
+
+
+def sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """Σ function(micro-batch) over the used micro-batches of a batch, in order.
 
     The loop runs `num_micro` times, a value and not a shape: a batch that packs into fewer rows
-    costs less and compiles nothing. All sums are float32.
+    costs less and compiles nothing.
     """
     micro_batches = {name: x for name, x in batch.items() if name != "num_micro"}
-    grad = jax.value_and_grad(
-        lambda params, micro: micro_loss(config, objective, params, micro), has_aux=True
-    )
 
     def accumulate(i, total):
         micro = jax.tree.map(lambda x: x[i], micro_batches)
-        return jax.tree.map(jnp.add, total, grad(params, micro))
+        return jax.tree.map(jnp.add, total, function(micro))
 
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro_batches))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (loss, sums), grads = jax.lax.fori_loop(0, batch["num_micro"], accumulate, zeros)
-    tokens = sums.pop("tokens")
-    metrics = {name: x / tokens for name, x in sums.items()}
-    return grads, {"loss": loss, **metrics, "tokens": tokens}
+    return jax.lax.fori_loop(0, batch["num_micro"], accumulate, zeros)
+
+
+def token_means(sums: Metrics) -> Metrics:
+    """Sums over a batch as means over its tokens, but for what is no sum over tokens."""
+    tokens = sums["tokens"]
+    return {name: x if name in _NOT_MEANS else x / tokens for name, x in sums.items()}
+
+
+def named_stats(batch: Batch) -> Metrics:
+    """The sums of `response_stats` over a batch, by name."""
+    return dict(zip(RESPONSE_STATS, batch["response_stats"].sum(axis=(0, 1)), strict=True))
+
+
+def batch_gradients(
+    config: qwen3.Qwen3Config,
+    objective: Objective,
+    params: qwen3.Params,
+    batch: Batch,
+    router_coefficient: float = 0.0,
+) -> tuple[qwen3.Params, Metrics]:
+    """Gradient and metrics of one global batch, accumulated over its used micro-batches.
+
+    All sums are float32. The router's loss, when it has a coefficient, is the mean over the
+    micro-batches.
+
+    Returns:
+      The gradient; and `loss`, the token mean of each diagnostic, `tokens`, the sums of
+      `response_stats` by name, and (when the objective has it) each response's Σ log-ratio to
+      π_ref under SEQUENCE_LOG_RATIO, padded with zeros.
+    """
+    router_weight = router_coefficient / batch["num_micro"] if router_coefficient else None
+    responses = batch["tokens"].shape[0] * batch["tokens"].shape[1]
+    loss = functools.partial(
+        micro_loss, config, objective, responses=responses, router_weight=router_weight
+    )
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (_, sums), grads = sum_over_micro_batches(lambda micro: grad(params, micro), batch)
+    return grads, token_means(sums) | named_stats(batch)
 
 
 def make_train_step(
@@ -62,15 +145,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     mesh: Mesh,
+    router_coefficient: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer update on one global batch; the state is donated."""
+    """One optimizer update on one global batch; the state is donated.
+
+    An update whose loss or gradient is not finite is not made, and none after it: the state
+    stays that of the last good step, for the caller to save and look at.
+    """
 
     def step(state: TrainState, batch: Batch):
-        grads, metrics = batch_gradients(config, objective, state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads, metrics = batch_gradients(config, objective, state.params, batch, router_coefficient)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = TrainState(
+            state.step + 1, finite, optax.apply_updates(state.params, updates), opt_state
+        )
+        kept = state.replace(finite=finite)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept), metrics
 
     shardings = state_shardings(config, optimizer, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

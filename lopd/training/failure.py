@@ -1,0 +1,90 @@
+"""What a run leaves behind when a loss or gradient is not finite: which records did it."""
+
+import json
+import math
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from lopd.artefact import Artefact, write_atomically
+from lopd.data.batches import StepBatches, micro_batches, put_batch
+from lopd.errors import UserError
+from lopd.models import qwen3
+from lopd.objectives import Objective
+from lopd.training.step import batch_gradients
+
+_NAMED = 5
+"""At most so many records are named in the message; failure.json has all."""
+
+
+def _record_id(record: dict) -> dict:
+    return {key: int(record[key]) for key in ("prompt_id", "sample_id") if key in record}
+
+
+def _alone(
+    model: qwen3.Qwen3Config,
+    objective: Objective,
+    params: qwen3.Params,
+    batches: StepBatches,
+    records: list[dict],
+    mesh: Mesh,
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each record by itself, as a batch of one."""
+
+    @jax.jit
+    def look(params, batch):
+        grads, metrics = batch_gradients(model, objective, params, batch)
+        return metrics["loss"], optax.tree.norm(grads)
+
+    rows = batches.layout["rows_per_micro"]
+    found = []
+    for record in records:
+        batch = put_batch(micro_batches([record], **batches.layout), mesh, rows)
+        found.append(tuple(float(x) for x in jax.device_get(look(params, batch))))
+    return found
+
+
+def stop_with_records(
+    artefact: Artefact,
+    model: qwen3.Qwen3Config,
+    objective: Objective,
+    params: qwen3.Params,
+    batches: StepBatches,
+    step: int,
+    row: dict,
+    *,
+    mesh: Mesh,
+) -> None:
+    """Writes failure.json and stops. Costs one small pass per record of the batch.
+
+    Args:
+      params: those that the failed step started from.
+      step: the failed step, from 1.
+      row: its `loss` and `grad_norm`.
+
+    Raises:
+      UserError: always, naming the step and the records.
+    """
+    records = batches.records(step - 1)
+    entries = [
+        {**_record_id(record), "loss": str(loss), "grad_norm": str(norm),
+         "finite": math.isfinite(loss) and math.isfinite(norm)}
+        for record, (loss, norm) in zip(
+            records, _alone(model, objective, params, batches, records, mesh), strict=True
+        )
+    ]  # fmt: skip
+    bad = [entry for entry in entries if not entry["finite"]]
+    if jax.process_index() == 0:
+        report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
+        text = json.dumps({**report, "records": entries}, indent=2)
+        write_atomically(artefact.path / "failure.json", text + "\n")
+    names = ["/".join(str(entry[k]) for k in _record_id(entry)) for entry in bad[:_NAMED]]
+    who = f"{len(bad)} of its {len(records)} records do it alone"
+    if any(names):
+        who += f", prompt_id/sample_id {', '.join(names)}{' …' if len(bad) > _NAMED else ''}"
+    raise UserError(
+        f"{artefact.path.name}: step {step} has loss {row['loss']} and gradient norm "
+        f"{row['grad_norm']} ({who}; all in {artefact.path / 'failure.json'}). The state before it "
+        f"is checkpoint {step - 1}: look at these records, or lower the learning rate"
+    )

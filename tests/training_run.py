@@ -1,0 +1,113 @@
+"""One small training run, in this process or as `python training_run.py PATH OBJECTIVE`.
+
+As a process it ends as `lopd.main` does: exit code 75 after SIGTERM. With LOPD_PROCESSES (a
+coordinator's address) and LOPD_PROCESS it is one of two.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from conftest import TIED, random_params, random_records
+from jax.experimental import multihost_utils
+
+from lopd import parallel, shutdown
+from lopd.artefact import Artefact
+from lopd.config import base_config, training_recipe
+from lopd.data.batches import StepBatches, step_batches
+from lopd.fingerprint import params_fingerprint
+from lopd.objectives import cross_entropy, lightning_opd
+from lopd.training.diagnostics import make_drift
+from lopd.training.loop import train
+
+FIELDS = ("teacher_logprobs", "ref_logprobs")
+CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh of the tests
+TIMES = ("tokens_per_second", "data_wait")
+STEPS, CHECKPOINT_EVERY = 30, 2
+
+
+def records(count=24, seed=0) -> list[dict]:
+    lengths = np.random.default_rng(seed).integers(1, 20, (count, 2)).tolist()
+    made = random_records(CONFIG, lengths, seed, **dict.fromkeys(FIELDS))
+    return [{**r, "prompt_id": 100 + i, "sample_id": 0} for i, r in enumerate(made)]
+
+
+def batches(mesh=None, source=None, **changes) -> StepBatches:
+    options = dict(seed=1, batch_size=8, row_length=48, rows_per_micro=8, reduction="sample_mean")
+    source = records() if source is None else source
+    return step_batches(source, token_fields=FIELDS, mesh=mesh, **(options | changes))
+
+
+def mesh_of(data, fsdp, tensor):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+
+
+def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, recipe=(), **runtime):
+    """Trains, and returns the parameters' fingerprint and the rows without times.
+
+    The objectives are "opd", "plain" (the same without its drift panel) and "sft".
+    """
+    if jax.process_index() == 0:
+        Artefact(path).begin(objective, {}, {})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("begun")
+    artefact = Artefact(path)
+    settings = base_config()
+    settings.runtime.update({"checkpoint_every": CHECKPOINT_EVERY, "drift_every": 7, **runtime})
+    settings.metrics.tensorboard = False
+    data = batches(mesh) if data is None else data
+    loss = cross_entropy() if objective == "sft" else lightning_opd(1.0)
+    drift = None
+    if objective == "opd":
+        heldout = records(8, seed=5)  # as many as a batch, so that one program serves both
+        drift = make_drift(CONFIG, loss, mesh, every=7, heldout=heldout, layout=data.layout)
+    params = random_params(CONFIG, 0) if params is None else params
+    params = train(
+        artefact,
+        CONFIG,
+        jax.device_put(params, parallel.param_shardings(CONFIG, mesh)),
+        data,
+        loss,
+        training_recipe(**{"steps": steps, "learning_rate": 1e-3, **dict(recipe)}),
+        mesh=mesh,
+        runtime=settings.runtime,
+        metrics=settings.metrics,
+        drift=drift,
+    )
+    return params_fingerprint(params), *rows_of(path)
+
+
+def rows_of(path) -> tuple[list[dict], list[dict]]:
+    """metrics.jsonl without its times, and drift.jsonl."""
+
+    def read(name):
+        file = pathlib.Path(path) / name
+        return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+    rows = [{k: v for k, v in r.items() if k not in TIMES} for r in read("metrics.jsonl")]
+    return rows, read("drift.jsonl")
+
+
+def main(path: str, objective: str) -> None:
+    coordinator = os.environ.get("LOPD_PROCESSES")
+    if coordinator:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, 2, int(os.environ["LOPD_PROCESS"]))
+    mesh = mesh_of(jax.device_count(), 1, 1)
+    print("ready", flush=True)
+    try:
+        with shutdown.on_signals():
+            result = run(path, objective, mesh=mesh)
+    except shutdown.Stopped:
+        sys.exit(shutdown.EXIT_STOPPED)
+    if jax.process_index() == 0:
+        (pathlib.Path(path) / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
