@@ -144,7 +144,7 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     reads = {a["title"]: a["class"] for tag, a in whole.tags if "print" in a.get("title", "")}
     assert reads["sft sft-print: the one in this folder"] == "same"
     assert any("NOT the one" in a.get("title", "") for _, a in whole.tags)  # the other cache
-    assert "Not recorded: importance weight of responses, importance weight of tokens" in text
+    assert "Not recorded: importance weight of tokens, importance weight of responses" in text
     assert all(f" {title} " in text for title in ("Loss", "Entropy", "Gradient norm"))
 
 
@@ -205,25 +205,45 @@ def test_rollout_statistics_are_those_of_plain_loops(run):
     assert sum(histogram.hover["series"][0]["y"]) == pytest.approx(100, rel=1e-3)
 
 
-def test_drift_file_is_preferred_and_held_out_values_are_drawn(tmp_path):
+def test_drift_panel_and_held_out_values_are_drawn(tmp_path):
     run = write_run(tmp_path / "run")
+    held_out = {"loss": 0.5, "ess_fraction": 0.9, "ess_fraction_ci95": [0.8, 1.0], "sequences": 8}
     rows = [
         {
             "step": step,
-            "heldout": {"loss": 0.5, "ess_fraction": 0.9, "sequences": 8} if step else None,
+            "heldout": held_out if step else None,
             "advantage_histogram": {"edges": [-1, 0, 1], "counts": [3, 1]},
-            "advantage_by_position": [0.1 * step] * 20,
-            "position_counts": [4] * 20,
+            "advantage_by_position": [0.1 * step] * 19 + [0.0],
+            "position_counts": [4] * 19 + [0],
         }
         for step in (0, 30, 60)
     ]
     (run / "opd" / "drift.jsonl").write_text(lines(rows))
-    plots = Parsed(report.write_report([run]).read_text()).data["plots"]
-    labels = [[s["label"] for s in plot["series"]] for plot in plots]
-    assert ["training", "held out"] in labels  # the loss
-    assert ["held out"] in labels  # what only the held-out slice has
-    assert ["step 0", "step 60"] in labels
-    assert [75, 25] in [plot["series"][0]["y"] for plot in plots]
+    parsed = Parsed(report.write_report([run]).read_text())
+    assert "held-out responses, sampled at T = 1" in parsed.text
+    series = [plot["series"] for plot in parsed.data["plots"]]
+    labels = [[s["label"] for s in plot] for plot in series]
+    assert ["Loss", "held out"] in labels
+    assert ["held out"] in labels  # what only the held-out slice has, in %
+    assert [90, 90] in [plot[0]["y"] for plot in series if plot[0]["label"] == "held out"]
+    position, histogram = (p for p in series if p[0]["label"] == "step 0")
+    assert [s["label"] for s in position] == ["step 0", "step 30", "step 60"]
+    assert position[2]["y"] == pytest.approx([6.0] * 19 + [None])
+    assert histogram[0]["y"] == [75, 25]
+
+
+def test_several_test_sets_are_told_apart(tmp_path):
+    run = write_run(tmp_path / "run")
+    row = {"mode": "greedy", "problem": 0, "sample": 0, "prompt": "p", "answer": "3",
+           "response": "r", "correct": True, "finished": True}  # fmt: skip
+    rows = [row | {"test": "aime24"}, row | {"test": "aime25", "correct": False}]
+    rows += [row | {"test": "aime25", "sample": 1}]
+    (run / "eval" / "responses_opd.jsonl").write_text(lines(rows))
+    evaluation = Parsed(report.write_report([run]).read_text()).data["evaluation"]
+    assert {"aime24", "aime25"} < {*evaluation["tests"]}
+    verdicts = {p["test"]: p["models"]["opd"]["greedy"][1] for p in evaluation["problems"]
+                if "opd" in p["models"]}  # fmt: skip
+    assert verdicts == {"aime24": True, "aime25": False}
 
 
 @pytest.mark.parametrize("keep", ["teacher", "opd", "eval", "export"])

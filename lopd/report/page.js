@@ -337,6 +337,7 @@
       const own = p.models[model]?.[mode];
       const sft = p.models.sft?.[mode];
       if (!own || (value("run") && p.run !== Number(value("run")))) return false;
+      if (value("test") && p.test !== value("test")) return false;
       if (verdict === "gained" && !(own[1] && sft && !sft[1])) return false;
       if (verdict === "lost" && !(!own[1] && sft && sft[1])) return false;
       if ((verdict === "1" || verdict === "0") && own[1] !== (verdict === "1")) return false;
@@ -358,6 +359,7 @@
     return make("article", { className: "item" },
       make("div", { className: "meta" },
         ...(data.runs.length > 1 ? [make("b", {}, data.runs[p.run])] : []),
+        ...(evaluation.tests.length > 1 ? [make("span", {}, p.test)] : []),
         make("span", { className: `verdict ${correct ? "right" : "wrong"}` }, word),
         make("span", {}, "answer ", make("b", {}, String(p.answer))), ...others),
       make("div", { className: "prompt" }, p.prompt.trimEnd()),

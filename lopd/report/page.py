@@ -23,6 +23,7 @@ _DOES = {
     "precompute": "π_ref samples, teacher and π_ref score: the cache",
     "opd": "pulls log π_θ towards log π_T on the cache",
     "control": "goes on with SFT instead of OPD",
+    "heldout": "fresh T = 1 responses of π_ref, for the drift panel",
     "eval": "grades every model",
     "export": "the student as a Hugging Face checkpoint",
 }
@@ -116,7 +117,7 @@ def _stage_cards(run: Run) -> list[dict]:
         cards.append(
             {
                 "name": stage.name,
-                "does": _DOES[stage.name],
+                "does": _DOES.get(stage.name, ""),
                 "state": stage.state,
                 "leaves": _leaves(stage),
                 "reads": _reads(run, stage),
@@ -264,11 +265,13 @@ def _headline(run: Run) -> list[dict]:
              "unit": "nats", "detail": f"before and after on {len(run.rollouts)} cached responses"}
         )  # fmt: skip
     there = [stage for stage in run.stages.values() if stage.state != "absent"]
-    done = sum(stage.state == "complete" for stage in there)
+    done = f"{sum(stage.state == 'complete' for stage in there)} of {len(there)}"
     seconds = sum(stage.manifest.get("seconds", 0) for stage in there)
     found.append(
         {"label": "Time of all stages", "value": duration(seconds), "unit": "",
-         "detail": f"{done} of {len(there)} stages complete"}
+         "detail": f"{done} stages complete"}
+        if seconds
+        else {"label": "Stages complete", "value": done, "unit": "", "detail": ""}
     )  # fmt: skip
     return found
 
@@ -279,7 +282,9 @@ def _notes(run: Run) -> list[str]:
     unfinished = [s.name for s in run.stages.values() if s.state == "unfinished"]
     absent = [s.name for s in run.stages.values() if s.state == "absent"]
     if unfinished:
-        notes.append(f"Not finished: {', '.join(unfinished)}. The same command continues them.")
+        notes.append(
+            f"Not finished: {', '.join(unfinished)}. The command that began the run continues it."
+        )
     if absent:
         notes.append(f"Not in this folder: {', '.join(absent)}.")
     if run.stages["opd"].state == "complete" and not run.rollouts:
@@ -334,25 +339,29 @@ def _response_data(runs: Sequence[Run]) -> dict:
     """Evaluation problems with every model's first response, up to a number of characters."""
     problems, modes = [], dict.fromkeys(())
     for index, run in enumerate(runs):
-        by_problem: dict[int, dict] = {}
+        by_problem: dict[tuple[str, int], dict] = {}
         for model in [m for m in _MODELS if m in run.responses]:
             for row in run.responses[model]:
                 modes.setdefault(row["mode"])
+                test = row.get("test", "")
                 problem = by_problem.setdefault(
-                    row["problem"],
-                    {"run": index, "prompt": row["prompt"], "answer": row["answer"], "models": {}},
-                )
+                    (test, row["problem"]),
+                    {"run": index, "test": test, "prompt": row["prompt"],
+                     "answer": row["answer"], "models": {}},
+                )  # fmt: skip
                 problem["models"].setdefault(model, {})[row["mode"]] = [
                     row["response"], row["correct"], row["finished"]
                 ]  # fmt: skip
         budget = _RESPONSE_CHARACTERS // len(runs)
-        for number_ in sorted(by_problem):
-            budget -= len(json.dumps(by_problem[number_]))
+        # The first problems of every test set, so that none is left out.
+        for place in sorted(by_problem, key=lambda place: (place[1], place[0])):
+            budget -= len(json.dumps(by_problem[place]))
             if budget < 0:
                 break
-            problems.append(by_problem[number_])
+            problems.append(by_problem[place])
     models = [m for m in _MODELS if any(m in problem["models"] for problem in problems)]
-    return {"problems": problems, "modes": list(modes), "models": models}
+    tests = list(dict.fromkeys(problem["test"] for problem in problems))
+    return {"problems": problems, "modes": list(modes), "models": models, "tests": tests}
 
 
 def _script_json(data: Any) -> Markup:
@@ -417,7 +426,7 @@ def render(runs: Sequence[Run]) -> str:
         not_recorded=not_recorded,
         advantage_plots=advantage,
         heaviest=panels.heaviest_tokens(runs[0]) if len(runs) == 1 else [],
-        advantage_from="drift" if any(len(r.drift) > 1 for r in runs) else "rollouts",
+        held_out=any(row.get("heldout") for run in runs for row in run.drift),
         training=training,
         rollout_count=(len(rollouts), sum(len(run.rollouts) for run in runs)),
         responses=responses,

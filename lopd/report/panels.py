@@ -13,7 +13,8 @@ from lopd.report.reading import Run
 class Panel:
     """One plot of scalars over steps.
 
-    `metrics` are (label, name in metrics.jsonl, name of its standard deviation or "").
+    `metrics` are (label, name in metrics.jsonl, name of its standard deviation or ""). Held-out
+    values have the same names in drift.jsonl, and NAME_ci95 where there is an interval.
     """
 
     title: str
@@ -36,12 +37,18 @@ _THROUGHPUT = _one(
 )
 _LEARNING_RATE = _one("Learning rate", "per step", "learning_rate")
 
+_DEVICE = Panel(
+    "Use of the device", "%",
+    (("of peak FLOP/s", "utilisation", ""), ("of the time waiting for data", "data_wait", "")),
+    **_SHARE,
+)  # fmt: skip
+_ROUTER = _one("Router loss", "load balancing, as weighted in the loss", "router_loss")
+
 OPD = (
     _one("Loss", "Huber loss, nats²", "loss", log=None),
     Panel(
-        "Advantage", "log π_T − log π_θ, nats",
-        (("mean", "advantage", "advantage_sd"), ("mean |A|", "advantage_abs", "")),
-        unit="nats", zero=True,
+        "Advantage", "log π_T − log π_θ within ±τ, nats, mean ± sd",
+        (("", "advantage", "advantage_sd"),), unit="nats", zero=True,
     ),
     Panel(
         "Large advantages", "% of tokens",
@@ -50,19 +57,19 @@ OPD = (
     ),
     Panel(
         "Divergence estimates", "nats per token",
-        (("KL to teacher", "kl_teacher", ""), ("KL to π_ref", "kl_ref", ""),
-         ("mean log π_θ − log π_ref", "log_ratio_to_ref", "")),
-        unit="nats", zero=True,
+        (("KL(π_θ‖π_T)", "kl_teacher", ""), ("KL(π_ref‖π_θ)", "kl_ref", "")), unit="nats",
+        zero=True,
     ),
     _one("Entropy", "nats per token", "entropy", unit="nats", log=None),
     _one("Gradient norm", "before clipping", "grad_norm", log=None),
     Panel(
-        "Importance weight of responses", "π_θ / π_ref, mean ± sd",
+        "Importance weight of tokens", "π_θ / π_ref, mean ± sd",
         (("", "importance_weight", "importance_weight_sd"),),
     ),
-    _one("Importance weight of tokens", "mean of π_θ / π_ref", "token_importance_weight"),
+    _one("Importance weight of responses", "mean of π_θ / π_ref, 95 % intervals",
+         "sequence_weight"),
     _one("Effective sample size", "% of responses", "ess_fraction", **_SHARE),
-    _one("χ² of π_θ from π_ref", "χ², responses", "chi2", log=None),
+    _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=None),
     _one("Response length", "tokens", "response_length", unit="tokens"),
     Panel(
         "Failure signs", "% of responses",
@@ -70,6 +77,8 @@ OPD = (
     ),
     _LEARNING_RATE,
     _THROUGHPUT,
+    _DEVICE,
+    _ROUTER,
 )  # fmt: skip
 
 FINE_TUNING = (
@@ -78,19 +87,39 @@ FINE_TUNING = (
     _one("Gradient norm", "before clipping", "grad_norm", log=None),
     _LEARNING_RATE,
     _THROUGHPUT,
+    _DEVICE,
+    _ROUTER,
 )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def column(rows: Sequence[dict], name: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows that have a number of that name."""
-    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    found = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
     steps, values = zip(*found, strict=True) if found else ((), ())
     return np.asarray(steps, float), np.asarray(values, float) * scale
 
 
-def _held_out(run: Run) -> list[dict]:
-    """The held-out scalars as rows like those of metrics.jsonl."""
-    return [{**row["heldout"], "step": row["step"]} for row in run.drift if row.get("heldout")]
+def _training(run: Run, stage: str, panel: Panel, name: str, sd: str) -> Series | None:
+    rows = run.stages[stage].metrics
+    x, y = column(rows, name, panel.scale)
+    if not len(x):
+        return None
+    spread = column(rows, sd, panel.scale)[1]
+    return Series("", x, y, band=(y - spread, y + spread) if len(spread) == len(y) else None)
+
+
+def _held_out(run: Run, panel: Panel, name: str) -> Series | None:
+    rows = [{**row["heldout"], "step": row["step"]} for row in run.drift if row.get("heldout")]
+    x, y = column(rows, name, panel.scale)
+    if not len(x):
+        return None
+    intervals = [row[f"{name}_ci95"] for row in rows if f"{name}_ci95" in row]
+    band = np.transpose(intervals) * panel.scale if len(intervals) == len(y) else None
+    return Series("", x, y, kind="points", band=None if band is None else (band[0], band[1]))
 
 
 def _series(
@@ -98,19 +127,14 @@ def _series(
 ) -> list[Series]:
     """The training curve of one metric, and its values on held-out responses."""
     _, name, sd = metric
+    training = _training(run, stage, panel, name, sd)
+    held_out = _held_out(run, panel, name) if stage == "opd" else None
     found = []
-    rows = run.stages[stage].metrics
-    x, y = column(rows, name, panel.scale)
-    if len(x):
-        spread = column(rows, sd, panel.scale)[1] if sd else ()
-        spread = spread if len(spread) == len(y) else None
-        found.append(Series(label, x, y, colour, spread=spread))
-    x, y = column(_held_out(run), name, panel.scale) if stage == "opd" else ((), ())
-    if len(x):
-        if found and not label:
-            found[0] = dataclasses.replace(found[0], label="training")
-        held_out = f"{label}, held out" if label else "held out"
-        found.append(Series(held_out, x, y, colour, kind="points"))
+    if training:
+        found.append(dataclasses.replace(training, label=label, colour=colour))
+    if held_out:
+        label = f"{label}, held out" if label else "held out"
+        found.append(dataclasses.replace(held_out, label=label, colour=colour))
     return found
 
 
@@ -180,61 +204,76 @@ def _histogram(advantages: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return edges, np.histogram(np.clip(np.concatenate(advantages), -4, 4), edges)[0]
 
 
-def _snapshots(run: Run) -> list[tuple[str, dict]]:
-    """(label, {"edges", "counts", "by_position"}) early to late: from drift.jsonl, or rollouts."""
-    rows = [row for row in run.drift if row.get("advantage_histogram")]
-    if len(rows) > 1:
-        chosen = [rows[0], rows[len(rows) // 2], rows[-1]] if len(rows) > 4 else [rows[0], rows[-1]]
-        return [
-            (
-                f"step {row['step']:,}",
-                {**row["advantage_histogram"], "by_position": row.get("advantage_by_position")},
-            )
-            for row in chosen
-        ]
+def _of_rollouts(run: Run) -> list[tuple[str, dict]]:
+    """(label, {"edges", "counts", "by_position"}) before and after training."""
     if not run.rollouts:
         return []
     found = []
     for label, student in (("before", "ref_logprobs"), ("after", "student_logprobs")):
         advantages = rollout_advantages(run.rollouts, student)
         edges, counts = _histogram(advantages)
-        by_position = _by_position(advantages)[0]
-        found.append((label, {"edges": edges, "counts": counts, "by_position": by_position}))
+        data = {"edges": edges, "counts": counts, "by_position": _by_position(advantages)[0]}
+        found.append((label, data))
     return found
 
 
-def advantage_plots(runs: Sequence[Run]) -> list[Plot]:
-    """Advantage by position and its histogram, before and after training."""
+def _of_drift(run: Run) -> list[tuple[str, dict]]:
+    """The same of the first, a middle and the last row of drift.jsonl."""
+    rows = [row for row in run.drift if row.get("advantage_histogram")]
+    found = []
+    for i in dict.fromkeys((0, len(rows) // 2, len(rows) - 1)) if rows else ():
+        counts = np.asarray(rows[i]["position_counts"])
+        means = np.where(counts > 0, rows[i]["advantage_by_position"], np.nan)
+        data = {**rows[i]["advantage_histogram"], "by_position": means}
+        found.append((f"step {rows[i]['step']:,}", data))
+    return found
+
+
+def _snapshot_plots(
+    key: str, snapshots: Sequence[tuple[str, int, dict]], suffix: str, unit: str
+) -> list[Plot]:
+    """Mean advantage by position and histogram of (label, colour, data)."""
     by_position, histogram = [], []
-    for number, run in enumerate(runs):
-        snapshots = _snapshots(run)
-        # With several runs, only where each ended up: more lines would hide it.
-        for place, (label, data) in enumerate(snapshots[-1:] if len(runs) > 1 else snapshots):
-            name = f"{run.label}, {label}" if len(runs) > 1 else label
-            hue = (number if len(runs) > 1 else place) % SERIES + 1
-            edges, counts = np.asarray(data["edges"], float), np.asarray(data["counts"], float)
-            middle, share = (edges[1:] + edges[:-1]) / 2, 100 * counts / max(1, counts.sum())
-            histogram.append(Series(name, middle, share, hue, "bins", edges=edges))
-            means = data["by_position"]
-            if means is not None and len(means):
-                middle = (np.arange(len(means)) + 0.5) * 100 / len(means)
-                values = [np.nan if value is None else value for value in means]
-                by_position.append(Series(name, middle, values, hue, "line"))
+    for label, colour, data in snapshots:
+        edges, counts = np.asarray(data["edges"], float), np.asarray(data["counts"], float)
+        middle, share = (edges[1:] + edges[:-1]) / 2, 100 * counts / max(1, counts.sum())
+        histogram.append(Series(label, middle, share, colour, "bins", edges=edges))
+        means = np.asarray(data["by_position"], float)
+        middle = (np.arange(len(means)) + 0.5) * 100 / len(means)
+        by_position.append(Series(label, middle, means, colour, "line"))
+    if not snapshots:
+        return []
+    return [
+        line_plot(
+            f"position-{key}", f"Along a response{suffix}", "position in the response, %",
+            f"mean {unit}", by_position, unit="nats", zero=True,
+        ),
+        line_plot(
+            f"histogram-{key}", f"Histogram{suffix}", unit, "% of tokens", histogram, unit="%",
+            log=True,
+        ),
+    ]  # fmt: skip
+
+
+def advantage_plots(runs: Sequence[Run]) -> list[Plot]:
+    """Advantage by position and its histogram: on the rollouts, and on batches of the training.
+
+    With several runs, only where each ended up: more lines would hide it.
+    """
     plots = []
-    if by_position:
-        plots.append(
-            line_plot(
-                "position", "Mean advantage along a response", "position in the response, %",
-                "log π_T − log π_θ, nats", by_position, unit="nats", zero=True,
-            )
-        )  # fmt: skip
-    if histogram:
-        plots.append(
-            line_plot(
-                "histogram", "Histogram of advantages", "log π_T − log π_θ, nats",
-                "% of tokens", histogram, unit="%", log=True,
-            )
-        )  # fmt: skip
+    for key, source, suffix, unit in (
+        ("rollouts", _of_rollouts, "", "log π_T − log π_θ, nats"),
+        ("drift", _of_drift, ", batches of training", "A within ±τ, nats"),
+    ):
+        if len(runs) == 1:
+            shown = [(label, i + 1, data) for i, (label, data) in enumerate(source(runs[0]))]
+        else:
+            shown = [
+                (f"{run.label}, {label}", i % SERIES + 1, data)
+                for i, run in enumerate(runs)
+                for label, data in source(run)[-1:]
+            ]
+        plots += _snapshot_plots(key, shown, suffix, unit)
     return plots
 
 

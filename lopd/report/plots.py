@@ -57,8 +57,8 @@ class Series:
     """One line.
 
     `kind`: "curve" (faint values under their smoothed line), "line", "points" (dots joined by
-    dashes) or "bins" (x is then the middle of each bin between `edges`). `spread` shades
-    y ± spread.
+    dashes) or "bins" (x is then the middle of each bin between `edges`). `band` holds lows and
+    highs: shaded around a curve, bars at points.
     """
 
     label: str
@@ -66,7 +66,7 @@ class Series:
     y: Sequence[float]
     colour: int = 1
     kind: str = "curve"
-    spread: Sequence[float] | None = None
+    band: tuple[Sequence[float], Sequence[float]] | None = None
     edges: Sequence[float] | None = None
 
 
@@ -103,7 +103,10 @@ def _tick(value: float, _position=None) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (10 if suffix == "k" else 1):
             return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}".replace("-", "−").replace("e−0", "e−")
+    text = f"{value:.4g}"
+    if len(text.lstrip("-")) > 6:  # wider than the margin
+        text = f"{value:.1e}".replace(".0e", "e")
+    return text.replace("e-0", "e-").replace("-", "−")
 
 
 def _svg(figure: Figure, key: str, label: str) -> Markup:
@@ -133,11 +136,14 @@ def _svg(figure: Figure, key: str, label: str) -> Markup:
 def _draw(axes: Axes, series: Series) -> None:
     colour = _STAND_INS[f"series-{series.colour}"]
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
-    if series.spread is not None:
-        spread = np.asarray(series.spread, float)
-        low, high = smoothed(y - spread), smoothed(y + spread)
+    if series.band is not None and series.kind == "curve":
+        low, high = (smoothed(np.asarray(side, float)) for side in series.band)
         axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-    if series.kind == "curve":
+    elif series.band is not None:
+        axes.vlines(x, *series.band, color=colour, linewidth=1.1)
+    if len(x) == 1:
+        axes.plot(x, y, color=colour, marker="o", markersize=4)
+    elif series.kind == "curve":
         axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(x, smoothed(y), color=colour)
     elif series.kind == "points":
@@ -211,7 +217,7 @@ def line_plot(
         for one in series:
             _draw(axes, one)
         axes.margins(x=0.015, y=0.06)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         if log:
             axes.set_yscale("log", nonpositive="clip")
@@ -234,7 +240,9 @@ def line_plot(
                     va="top", **ink)  # fmt: skip
         hover = _hover(axes, series, title, x_label, unit, log)
         svg = _svg(figure, key, f"{title}: {y_label} over {x_label}")
-    legend = [(one.label, one.colour, one.kind) for one in series if one.label]
+    # Dots need no entry beside their curve: the page says what dots are.
+    curves = [one for one in series if one.kind != "points"] or series
+    legend = [(one.label, one.colour, one.kind) for one in curves if one.label]
     return Plot(title, svg, hover, legend)
 
 
