@@ -103,10 +103,13 @@ def _tick(value: float, _position=None) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (10 if suffix == "k" else 1):
             return f"{value / size:.4g}{suffix}"
-    text = f"{value:.4g}"
-    if len(text.lstrip("-")) > 6:  # wider than the margin
-        text = f"{value:.1e}".replace(".0e", "e")
-    return text.replace("e-0", "e-").replace("-", "−")
+    return f"{value:.4g}".replace("e-0", "e-").replace("-", "−")
+
+
+def _small_tick(value: float, _position=None) -> str:
+    """Ticks of an axis below 0.01, which would be wider than the margin."""
+    text = f"{value:.1e}" if value else "0"
+    return text.replace(".0e", "e").replace("e-0", "e-").replace("-", "−")
 
 
 def _svg(figure: Figure, key: str, label: str) -> Markup:
@@ -229,9 +232,10 @@ def line_plot(
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if from_zero:
             axes.set_ylim(0, 1.25 * max(np.nanmax(smoothed(np.asarray(s.y))) for s in series))
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.grid(axis="x", visible=False)
         low, high = axes.get_ylim()
+        small = not log and max(-low, high) < 0.01
+        axes.yaxis.set_major_formatter(FuncFormatter(_small_tick if small else _tick))
         if zero and low <= 0 <= high:
             axes.axhline(0, color=_STAND_INS["muted"], linewidth=0.8)
         ink = {"color": _STAND_INS["muted"], "fontsize": 11}
