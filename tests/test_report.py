@@ -13,7 +13,7 @@ from lopd import report
 from lopd.config import STAGES
 from lopd.errors import UserError
 from lopd.report import __main__ as report_main
-from lopd.report import page, panels, reading
+from lopd.report import panels, reading, texts
 from lopd.report.plots import smoothed
 
 NASTY = '</script><script>alert("x")</script><!-- <img src=x onerror=alert(1)> &amp; \u2028'
@@ -319,15 +319,15 @@ def test_smoothing_follows_the_data_and_not_its_spikes():
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (page.number(999), "999"),
-        (page.number(1_234_567), "1.23 M"),
-        (page.number(0.01234), "0.0123"),
-        (page.duration(4.64), "4.6 s"),
-        (page.duration(59.7), "1 min 00 s"),
-        (page.duration(7499), "2 h 04 min"),
-        (page.signed(-1.25, 1), "−1.2"),
-        (page.setting(1e-8), "1e-08"),
-        (page.setting(1e6), "1000000"),
+        (texts.number(999), "999"),
+        (texts.number(1_234_567), "1.23 M"),
+        (texts.number(0.01234), "0.0123"),
+        (texts.duration(4.64), "4.6 s"),
+        (texts.duration(59.7), "1 min 00 s"),
+        (texts.duration(7499), "2 h 04 min"),
+        (texts.signed(-1.25, 1), "−1.2"),
+        (texts.setting(1e-8), "1e-08"),
+        (texts.setting(1e6), "1000000"),
     ],
 )
 def test_numbers_have_sensible_digits(shown, expected):

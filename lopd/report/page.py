@@ -1,7 +1,6 @@
 """Puts the page together: what each section shows, as plain values, for the template."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,10 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
-from lopd.report import panels
-from lopd.report.plots import SERIES, interval_plot
+from lopd.report import accuracy, browse, panels
+from lopd.report.plots import SERIES
 from lopd.report.reading import TRAINING, Run, Stage
+from lopd.report.texts import duration, math, number, setting
 
 _HERE = epath.resource_path("lopd") / "report"
 
@@ -27,50 +27,6 @@ _DOES = {
     "eval": "grades every model",
     "export": "the student as a Hugging Face checkpoint",
 }
-_MODELS = ("base", "sft", "control", "opd", "teacher")
-_TITLES = {"base": "Base", "sft": "SFT", "control": "Control", "opd": "OPD", "teacher": "Teacher"}
-
-# How much text the browsers may put into one page, whatever the run's size.
-_ROLLOUT_TOKENS = 40_000
-_RESPONSE_CHARACTERS = 500_000
-
-
-def number(value: float) -> str:
-    """A count or a rate with three significant digits or more: 1,234 or 1.62 M."""
-    if abs(value) >= 1e9:
-        return f"{value / 1e9:.2f} G"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.2f} M"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """47 s, 3 min 31 s, 2 h 05 min."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def signed(value: float, digits: int) -> str:
-    """+1.2 or −1.2, with a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def setting(value: Any) -> str:
-    """A setting as people write it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "not set"}[value]
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e12 else f"{value:g}"
-    return str(value) if value != "" else "—"
-
-
-def math(text: str) -> Markup:
-    """Escaped text in which π_T, π_θ and π_ref have true subscripts."""
-    return Markup(re.sub(r"π_(T|θ|ref)", r"π<sub>\1</sub>", str(Markup.escape(text))))
 
 
 def _leaves(stage: Stage) -> list[str]:
@@ -136,92 +92,6 @@ def _rate(stage: Stage, seconds: float) -> str:
     return f"{number(float(f'{tokens / seconds:.3g}'))} tokens/s" if tokens and seconds else ""
 
 
-def _tasks(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(t for run in runs for tasks in run.results.values() for t in tasks))
-
-
-def _difference(run: Run, task: str, other: str) -> str:
-    """OPD's accuracy minus another model's, in points."""
-    try:
-        values = [run.results[model][task]["accuracy"] for model in ("opd", other)]
-    except KeyError:
-        return ""
-    return signed(100 * (values[0] - values[1]), 1)
-
-
-def _accuracy(runs: Sequence[Run]) -> dict:
-    """A table per task, rows (run, then) model, and the interval plots."""
-    tables, plots = [], []
-    for task in _tasks(runs):
-        rows = []
-        for number_, run in enumerate(runs):
-            cells = {m: run.results[m][task] for m in _MODELS if task in run.results.get(m, {})}
-            rows.append(
-                {
-                    "label": run.label,
-                    "colour": number_ % SERIES + 1,
-                    "cells": cells,
-                    "over_sft": _difference(run, task, "sft"),
-                    "over_control": _difference(run, task, "control"),
-                }
-            )
-        tables.append({"task": task.replace("/", ", "), "rows": rows})
-    names = [m for m in _MODELS if any(m in run.results for run in runs)]
-
-    def points(run: Run, task: str) -> dict:
-        found = {m: run.results[m][task] for m in names if task in run.results.get(m, {})}
-        return {_TITLES[m]: (r["accuracy"], *r["ci95"]) for m, r in found.items()}
-
-    rows = [_TITLES[m] for m in names]
-    tasks = _tasks(runs)
-    if len(runs) == 1 and tasks:
-        series = [
-            {"label": task.replace("/", ", "), "colour": i % SERIES + 1,
-             "points": points(runs[0], task)}
-            for i, task in enumerate(tasks)
-        ]  # fmt: skip
-        plots.append(interval_plot("accuracy", "With 95 % intervals", rows, series))
-    elif tasks:
-        for i, task in enumerate(tasks):
-            series = [
-                {"label": run.label, "colour": n % SERIES + 1, "points": points(run, task)}
-                for n, run in enumerate(runs)
-            ]
-            title = task.replace("/", ", ").capitalize()
-            plots.append(interval_plot(f"accuracy{i}", title, rows, series))
-    models = [m for m in names if m in _MODELS]
-    return {"tables": tables, "plots": plots, "models": models}
-
-
-def _control(runs: Sequence[Run]) -> str:
-    """What the control model is, with steps where one run is shown."""
-    if not any("control" in run.results for run in runs):
-        return ""
-    control, opd = (runs[0].stages[name].steps for name in ("control", "opd"))
-    if len(runs) > 1 or not control or not opd:
-        return "The control went on with SFT instead of OPD."
-    return f"The control went on with SFT for {control:,} steps, where OPD took {opd:,}."
-
-
-def _evaluation_details(runs: Sequence[Run]) -> list[dict]:
-    """Everything else that eval recorded, a row a (run, model, task)."""
-    rows = []
-    for run in runs:
-        for model in [m for m in _MODELS if m in run.results]:
-            for task, result in run.results[model].items():
-                more = [
-                    f"{name} {100 * value['value']:.1f} [{100 * value['ci95'][0]:.1f}, "
-                    f"{100 * value['ci95'][1]:.1f}]"
-                    for name, value in result.items()
-                    if isinstance(value, dict)
-                ]
-                rows.append(
-                    {"run": run.label, "model": _TITLES[model], "task": task.replace("/", ", "),
-                     "result": result, "more": more}
-                )  # fmt: skip
-    return rows
-
-
 def _about(run: Run) -> str:
     """Task, seed and models in a few words."""
     parts = [f"{run.settings['task.name']}"] if "task.name" in run.settings else []
@@ -240,16 +110,16 @@ def _about(run: Run) -> str:
 def _headline(run: Run) -> list[dict]:
     """The few figures that say how a run went."""
     found = []
-    tasks = _tasks([run])
+    tasks = accuracy.tasks([run])
     if tasks and tasks[0] in run.results.get("opd", {}):
         task, result = tasks[0], run.results["opd"][tasks[0]]
         low, high = (f"{100 * v:.1f}" for v in result["ci95"])
         found.append(
-            {"label": f"OPD accuracy, {task.replace('/', ', ')}",
+            {"label": f"OPD accuracy, {accuracy.task_title(task)}",
              "value": f"{100 * result['accuracy']:.1f}", "unit": "%",
              "detail": f"95 % interval {low} to {high}"}
         )  # fmt: skip
-        gain, control = (_difference(run, task, other) for other in ("sft", "control"))
+        gain, control = (accuracy.difference(run, task, other) for other in ("sft", "control"))
         if gain:
             found.append(
                 {"label": "Gain over SFT", "value": gain, "unit": "points",
@@ -262,7 +132,7 @@ def _headline(run: Run) -> list[dict]:
         )
         found.append(
             {"label": "Mean |log π_T − log π_θ|", "value": f"{before:#.2g} → {after:#.2g}",
-             "unit": "nats", "detail": f"before and after on {len(run.rollouts)} cached responses"}
+             "unit": "nats", "detail": f"on {len(run.rollouts)} cached responses"}
         )  # fmt: skip
     there = [stage for stage in run.stages.values() if stage.state != "absent"]
     done = f"{sum(stage.state == 'complete' for stage in there)} of {len(there)}"
@@ -310,64 +180,40 @@ def _setting_differences(runs: Sequence[Run]) -> list[dict]:
     return rows
 
 
-def _rollout_data(runs: Sequence[Run]) -> list[dict]:
-    """The rollouts of every run as the browser reads them, whole ones up to a number of tokens."""
-    found = []
-    for index, run in enumerate(runs):
-        budget = _ROLLOUT_TOKENS // len(runs)
-        for rollout in run.rollouts:
-            budget -= len(rollout["tokens"])
-            if budget < 0 and found and found[-1]["run"] == index:
-                break
-            found.append(
-                {
-                    "run": index,
-                    "id": f"{rollout['prompt_id']}"
-                    + (f".{rollout['sample_id']}" if rollout["sample_id"] else ""),
-                    "prompt": rollout["prompt"],
-                    "tokens": rollout["tokens"],
-                    "finished": rollout["finished"],
-                    "teacher": [round(v, 3) for v in rollout["teacher_logprobs"]],
-                    "before": [round(v, 3) for v in rollout["ref_logprobs"]],
-                    "after": [round(v, 3) for v in rollout["student_logprobs"]],
-                }
-            )
-    return found
-
-
-def _response_data(runs: Sequence[Run]) -> dict:
-    """Evaluation problems with every model's first response, up to a number of characters."""
-    problems, modes = [], dict.fromkeys(())
-    for index, run in enumerate(runs):
-        by_problem: dict[tuple[str, int], dict] = {}
-        for model in [m for m in _MODELS if m in run.responses]:
-            for row in run.responses[model]:
-                modes.setdefault(row["mode"])
-                test = row.get("test", "")
-                problem = by_problem.setdefault(
-                    (test, row["problem"]),
-                    {"run": index, "test": test, "prompt": row["prompt"],
-                     "answer": row["answer"], "models": {}},
-                )  # fmt: skip
-                problem["models"].setdefault(model, {})[row["mode"]] = [
-                    row["response"], row["correct"], row["finished"]
-                ]  # fmt: skip
-        budget = _RESPONSE_CHARACTERS // len(runs)
-        # The first problems of every test set, so that none is left out.
-        for place in sorted(by_problem, key=lambda place: (place[1], place[0])):
-            budget -= len(json.dumps(by_problem[place]))
-            if budget < 0:
-                break
-            problems.append(by_problem[place])
-    models = [m for m in _MODELS if any(m in problem["models"] for problem in problems)]
-    tests = list(dict.fromkeys(problem["test"] for problem in problems))
-    return {"problems": problems, "modes": list(modes), "models": models, "tests": tests}
-
-
 def _script_json(data: Any) -> Markup:
     """JSON that may stand inside <script>: no "<" can close it or open a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "").replace("\u2029", ""))
+
+
+def _environment() -> jinja2.Environment:
+    """Templates in which everything from data is escaped, and nothing may be missing."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (_HERE / name).read_text()),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "math": math, "title": accuracy.title}
+    return environment
+
+
+def _run(run: Run, colour: int) -> dict:
+    return {
+        "label": run.label,
+        "about": _about(run),
+        "colour": colour,
+        "headline": _headline(run),
+        "notes": _notes(run),
+        "cards": _stage_cards(run),
+        "settings": _setting_groups(run),
+    }
+
+
+def _versions(runs: Sequence[Run]) -> list[str]:
+    manifests = [stage.manifest for run in runs for stage in run.stages.values()]
+    return sorted({m["code_version"] for m in manifests if m.get("code_version")})
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -379,64 +225,44 @@ def render(runs: Sequence[Run]) -> str:
         if plots:
             shown = {"plots": plots[:3], "more": plots[3:]}
             training.append({"name": name, "does": _DOES[name], **shown})
-    advantage = panels.advantage_plots(runs)
-    responses = _response_data(runs)
-    rollouts = _rollout_data(runs)
-    plots = [*opd_plots, *advantage]
+    advantage_plots = panels.advantage_plots(runs)
+    models = accuracy.models(runs)
+    responses = browse.response_data(runs, models)
+    rollouts = browse.rollout_data(runs)
+    # In the order of the page, which numbers its plots.
+    plots = [*opd_plots, *advantage_plots]
     for stage in training:
         plots += [*stage["plots"], *stage["more"]]
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (_HERE / name).read_text()),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "math": math}
-    environment.globals["titles"] = _TITLES
-    return environment.get_template("page.html.j2").render(
-        css=Markup((_HERE / "page.css").read_text()),
-        js=Markup((_HERE / "page.js").read_text()),
-        runs=[
-            {
-                "label": run.label,
-                "about": _about(run),
-                "colour": i % SERIES + 1,
-                "headline": _headline(run),
-                "notes": _notes(run),
-                "cards": _stage_cards(run),
-                "settings": _setting_groups(run),
-            }
-            for i, run in enumerate(runs)
-        ],
-        split=runs[0].split,
-        control=_control(runs),
-        versions=sorted(
-            {
-                s.manifest["code_version"]
-                for r in runs
-                for s in r.stages.values()
-                if s.manifest.get("code_version")
-            }
-        ),
-        accuracy=_accuracy(runs),
-        details=_evaluation_details(runs),
-        differences=_setting_differences(runs) if len(runs) > 1 else [],
-        opd_plots=opd_plots,
-        not_recorded=not_recorded,
-        advantage_plots=advantage,
-        heaviest=panels.heaviest_tokens(runs[0]) if len(runs) == 1 else [],
-        held_out=any(row.get("heldout") for run in runs for row in run.drift),
-        training=training,
-        rollout_count=(len(rollouts), sum(len(run.rollouts) for run in runs)),
-        responses=responses,
-        data=_script_json(
-            {
-                "runs": [run.label for run in runs],
-                "rollouts": rollouts,
-                "evaluation": responses,
-                "titles": _TITLES,
-                "plots": [plot.hover for plot in plots],
-            }
-        ),
+    data = {
+        "runs": [run.label for run in runs],
+        "rollouts": rollouts,
+        "evaluation": responses,
+        "titles": {model: accuracy.title(model) for model in models},
+        "plots": [plot.hover for plot in plots],
+    }
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            css=Markup((_HERE / "page.css").read_text()),
+            js=Markup((_HERE / "page.js").read_text()),
+            runs=[_run(run, i % SERIES + 1) for i, run in enumerate(runs)],
+            versions=_versions(runs),
+            split=runs[0].split,
+            control=accuracy.control_note(runs),
+            models=models,
+            tables=accuracy.tables(runs),
+            accuracy_plots=accuracy.plots(runs),
+            details=accuracy.details(runs),
+            differences=_setting_differences(runs) if len(runs) > 1 else [],
+            opd_plots=opd_plots,
+            not_recorded=not_recorded,
+            advantage_plots=advantage_plots,
+            heaviest=panels.heaviest_tokens(runs[0]) if len(runs) == 1 else [],
+            held_out=any(row.get("heldout") for run in runs for row in run.drift),
+            training=training,
+            rollout_count=(len(rollouts), sum(len(run.rollouts) for run in runs)),
+            responses=responses,
+            data=_script_json(data),
+        )
     )

@@ -41,7 +41,7 @@ _LEARNING_RATE = _one("Learning rate", "per step", "learning_rate")
 _DEVICE = Panel(
     "Use of the device", "%",
     (("of peak FLOP/s", "utilisation", ""), ("of the time waiting for data", "data_wait", "")),
-    **_SHARE,
+    **_SHARE, from_zero=True,
 )  # fmt: skip
 _ROUTER = _one("Router loss", "load balancing, as weighted in the loss", "router_loss", rare=True)
 
@@ -59,7 +59,7 @@ OPD = (
     Panel(
         "Divergence estimates", "nats per token",
         (("KL(π_θ‖π_T)", "kl_teacher", ""), ("KL(π_ref‖π_θ)", "kl_ref", "")), unit="nats",
-        zero=True,
+        log=True,
     ),
     _one("Entropy", "nats per token", "entropy", unit="nats", log=None),
     _one("Gradient norm", "before clipping", "grad_norm", log=None),
@@ -70,7 +70,7 @@ OPD = (
     _one("Importance weight of responses", "mean of π_θ / π_ref, 95 % intervals",
          "sequence_weight"),
     _one("Effective sample size", "% of responses", "ess_fraction", **_SHARE),
-    _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=None),
+    _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=True),
     _one("Response length", "tokens", "response_length", unit="tokens"),
     Panel(
         "Failure signs", "% of responses",

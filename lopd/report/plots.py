@@ -24,8 +24,8 @@ _STAND_INS = {"ink": "#00aa01", "muted": "#00aa02", "grid": "#00aa03"} | {
 SERIES = 6
 """How many series colours the style sheet has."""
 
-_WIDTH, _HEIGHT = 360, 216  # CSS pixels at the size that plots are usually shown
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 26, 36
+_WIDTH, _HEIGHT = 360, 220  # CSS pixels at the size that plots are usually shown
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 30, 36
 _HOVER_POINTS = 240  # of one series; a plot is not wider than that by much
 
 _STYLE = {
@@ -180,6 +180,22 @@ def _hover(
             "series": shown}  # fmt: skip
 
 
+def _finish_axes(axes: Axes, zero: bool, log: bool) -> None:
+    """Margins, ticks and grid."""
+    steps = [1, 2, 2.5, 5, 10]
+    axes.margins(x=0.015, y=0.06)
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=steps, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    low, high = axes.get_ylim()
+    small = not log and max(-low, high) < 0.01
+    axes.yaxis.set_major_locator(LogLocator(numticks=5) if log else MaxNLocator(5, steps=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(_small_tick if small else _tick))
+    axes.yaxis.set_minor_locator(NullLocator())
+    if zero and low <= 0 <= high:
+        axes.axhline(0, color=_STAND_INS["muted"], linewidth=0.8)
+
+
 def line_plot(
     key: str,
     title: str,
@@ -219,25 +235,12 @@ def line_plot(
         )  # fmt: skip
         for one in series:
             _draw(axes, one)
-        axes.margins(x=0.015, y=0.06)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         if log:
             axes.set_yscale("log", nonpositive="clip")
-            low, high = positive.min(), positive.max()
-            axes.set_ylim(low / 1.6, high * 1.6)
-            axes.yaxis.set_major_locator(LogLocator(numticks=5))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        if from_zero:
+            axes.set_ylim(positive.min() / 1.6, positive.max() * 1.6)
+        elif from_zero:
             axes.set_ylim(0, 1.25 * max(np.nanmax(smoothed(np.asarray(s.y))) for s in series))
-        axes.grid(axis="x", visible=False)
-        low, high = axes.get_ylim()
-        small = not log and max(-low, high) < 0.01
-        axes.yaxis.set_major_formatter(FuncFormatter(_small_tick if small else _tick))
-        if zero and low <= 0 <= high:
-            axes.axhline(0, color=_STAND_INS["muted"], linewidth=0.8)
+        _finish_axes(axes, zero, log)
         ink = {"color": _STAND_INS["muted"], "fontsize": 11}
         axes.set_xlabel(x_label, loc="right", labelpad=3, **ink)
         figure.text(2 / _WIDTH, 1 - 6 / _HEIGHT, y_label + (", log scale" if log else ""),
