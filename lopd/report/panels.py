@@ -237,6 +237,9 @@ def _snapshot_plots(
     by_position, histogram = [], []
     for label, colour, data in snapshots:
         edges, counts = np.asarray(data["edges"], float), np.asarray(data["counts"], float)
+        used = np.flatnonzero(counts)
+        if len(used):  # nothing is drawn of the empty ends
+            edges, counts = edges[used[0] : used[-1] + 2], counts[used[0] : used[-1] + 1]
         middle, share = (edges[1:] + edges[:-1]) / 2, 100 * counts / max(1, counts.sum())
         histogram.append(Series(label, middle, share, colour, "bins", edges=edges))
         means = np.asarray(data["by_position"], float)
