@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lopd", "lopd.*"]),
-    package_data={"lopd.data": ["tiny_tokenizer/*"]},
+    package_data={"lopd.data": ["tiny_tokenizer/*"], "lopd.report": ["page.*"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -23,7 +23,9 @@ setup(
         "huggingface_hub",
         "importlib_resources",  # imported by tensorflow-datasets, which does not declare it
         "jax",
-        "jinja2",  # chat templates, by way of transformers, which does not require it
+        "jinja2",  # the report; chat templates, by way of transformers, which does not require it
+        "markupsafe",
+        "matplotlib",
         "ml-collections",
         "ml_dtypes",
         "numpy",

@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel, shutdown
+from lopd import parallel, report, shutdown
 from lopd.artefact import Artefact, absolute, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
@@ -160,6 +160,9 @@ def run(
             continue
         _run_stage(ctx, name, title)
     _print_summary(ctx, ordered)
+    page = report.write_after_run(ctx.workdir)
+    if page:
+        print(f"report: {page}")
 
 
 def _run_stage(ctx: Context, name: str, title: str) -> None:

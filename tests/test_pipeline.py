@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import torch
 import transformers
 
@@ -117,6 +119,35 @@ def test_exported_student_loads_in_transformers(whole):
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.generate(torch.tensor([[4, 8, 7, 7]]), max_new_tokens=4).shape[1] > 4
+
+
+def test_rollouts_hold_what_transformers_says_of_the_student(whole):
+    """Every token's log-probability in rollouts.jsonl, and the cached ones beside it."""
+    workdir, _ = whole
+    lines = (workdir / "opd" / "rollouts.jsonl").read_text().splitlines()
+    rollouts = [json.loads(line) for line in lines]
+    assert len(rollouts) == 64 and len({r["prompt_id"] for r in rollouts}) == 64
+    source = tfds.builder_from_directory(workdir / "precompute").as_data_source("train")
+    cache = {record["prompt_id"]: record for record in source}
+    model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export")
+    for rollout in rollouts[::8]:
+        record = cache[rollout["prompt_id"]]
+        prompt, response = record["prompt_tokens"], record["response_tokens"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.float(), -1)[range(len(response)), response]
+        np.testing.assert_allclose(rollout["student_logprobs"], expected, atol=2e-4)
+        for name in ("teacher_logprobs", "ref_logprobs"):
+            np.testing.assert_allclose(rollout[name], record[name], atol=1e-4)
+        assert rollout["finished"] == (rollout["tokens"][-1] == "</s>") == record["finished"]
+        assert rollout["prompt"].startswith("What is ") and rollout["prompt"].endswith("?\n")
+
+
+def test_run_ends_with_its_report(whole):
+    workdir, done = whole
+    assert f"report: {workdir / 'report.html'}" in done.stdout and "warning" not in done.stderr
+    page = (workdir / "report.html").read_text()
+    assert "8 of 8 stages complete" in page and len(page) < 3_000_000
 
 
 def test_killed_in_each_stage_and_run_again_gives_the_same(whole, tmp_path):

@@ -6,6 +6,7 @@ from lopd.context import Context
 from lopd.data.batches import StepBatches
 from lopd.errors import UserError
 from lopd.objectives import Objective, lightning_opd
+from lopd.report.rollouts import write_rollouts
 from lopd.stages import common
 from lopd.training.diagnostics import Drift, make_drift
 
@@ -61,6 +62,8 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     params = ctx.load_params("sft", "student")
     objective = lightning_opd(recipe.tau)
     drift = _drift(ctx, batches, objective)
-    return common.train_into(
+    outputs = common.train_into(
         ctx, artefact, "student", params, batches, objective, recipe, drift=drift
     )
+    write_rollouts(ctx, artefact, cache)
+    return outputs

@@ -1,0 +1,45 @@
+"""The report: one self-contained HTML page of a run, or of several side by side."""
+
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from lopd.artefact import write_atomically
+
+PAGE, COMPARISON = "report.html", "comparison.html"
+
+
+def write_report(workdirs: Sequence[epath.PathLike]) -> epath.Path:
+    """Writes the page into the first working directory; its name tells one run from several.
+
+    A page that would be the same is left as it is.
+
+    Returns:
+      Where it is.
+
+    Raises:
+      UserError: if a directory does not exist or holds no run.
+    """
+    # Imported here: Matplotlib takes a second, and a run that fails early needs no report.
+    from lopd.report import page, reading
+
+    runs = reading.read_runs(list(workdirs))
+    path = epath.Path(runs[0].path) / (PAGE if len(runs) == 1 else COMPARISON)
+    text = page.render(runs)
+    if not path.exists() or path.read_text() != text:
+        write_atomically(path, text)
+    return path
+
+
+def write_after_run(workdir: epath.PathLike) -> epath.Path | None:
+    """The report of a run that has ended; a failure is one line of warning, not an error."""
+    try:
+        return write_report([workdir])
+    except Exception as error:  # whatever it is, the run itself has succeeded
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"lopd: warning: no report ({reason}); python -m lopd.report {workdir} tries again",
+            file=sys.stderr,
+        )
+        return None

@@ -1,0 +1,172 @@
+"""From a working directory to plain data. Whatever is missing or damaged becomes a note."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from lopd.artefact import Artefact, absolute
+from lopd.config import STAGES
+from lopd.errors import UserError
+
+TRAINING = ("teacher", "sft", "control", "opd")
+"""Stages that leave a metrics.jsonl."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its state ("complete", "unfinished", "damaged" or "absent") and manifest.
+
+    `metrics` are the rows of metrics.jsonl of a training stage.
+    """
+
+    name: str
+    state: str = "absent"
+    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """What the manifest records of a finished stage; empty before."""
+        return self.manifest.get("outputs", {})
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps that were asked for."""
+        return self.manifest.get("settings", {}).get(self.name, {}).get("steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a page shows of one working directory.
+
+    Attributes:
+      label: a short name that differs between the runs of a page.
+      path: the directory.
+      stages: by name, in the order they run, absent ones included.
+      settings: by dotted name, over all stages that are there.
+      results: eval's accuracies by model and "task/mode"; empty if there are none.
+      split: which prompts those are of.
+      drift: rows of opd/drift.jsonl.
+      rollouts: rows of opd/rollouts.jsonl.
+      responses: each model's graded first response to every evaluation problem.
+      notes: what could not be read, for people.
+    """
+
+    label: str
+    path: str
+    stages: dict[str, Stage]
+    settings: dict[str, Any]
+    results: dict[str, dict]
+    split: str
+    drift: list[dict]
+    rollouts: list[dict]
+    responses: dict[str, list[dict]]
+    notes: list[str]
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _read_lines(path: epath.Path, notes: list[str]) -> list[dict]:
+    """The rows of a JSON-lines file; a line that is none (the last of a killed run) is noted."""
+    rows, bad = [], 0
+    # Not splitlines(): JSON leaves U+2028 and others as they are inside its strings.
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        name = f"{path.parent.name}/{path.name}"
+        notes.append(f"{name}: {bad} unreadable line{'s' if bad > 1 else ''} left out")
+    return rows
+
+
+def _read_stage(folder: epath.Path, name: str, notes: list[str]) -> Stage:
+    try:
+        artefact = Artefact(folder)
+    except UserError as error:
+        notes.append(str(error))
+        return Stage(name, "damaged")
+    if artefact.manifest is None:
+        return Stage(name)
+    metrics = _read_lines(folder / "metrics.jsonl", notes) if name in TRAINING else []
+    state = "complete" if artefact.complete else "unfinished"
+    return Stage(name, state, artefact.manifest, [row for row in metrics if "step" in row])
+
+
+def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[dict, str]:
+    """The accuracies in summary.json, or those that an unfinished evaluation has so far."""
+    split = stage.manifest.get("settings", {}).get("eval", {}).get("split", "")
+    path = folder / "summary.json"
+    if path.exists():
+        try:
+            summary = json.loads(path.read_text())
+            return summary["models"], summary.get("split", split)
+        except (ValueError, KeyError):
+            notes.append("eval/summary.json cannot be read; delete it and run eval again")
+    return stage.manifest.get("results", {}), split
+
+
+def read_run(workdir: epath.PathLike, label: str) -> Run:
+    """Reads a working directory.
+
+    Raises:
+      UserError: if it does not exist, or no stage has begun in it.
+    """
+    path = absolute(workdir)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the --workdir of a run")
+    notes: list[str] = []
+    stages = {name: _read_stage(path / name, name, notes) for name in STAGES}
+    if all(stage.state == "absent" for stage in stages.values()):
+        raise UserError(f"{path}: no stage of a run is in it; give the --workdir of a run")
+    settings: dict[str, Any] = {}
+    for name, stage in stages.items():
+        own = stage.manifest.get("settings", {})
+        settings |= flatten(own, f"{name}." if "checkpoint" in own else "")  # an adopted one
+    results, split = _read_results(path / "eval", stages["eval"], notes)
+    responses = {}
+    for model in results:
+        rows = _read_lines(path / "eval" / f"responses_{model}.jsonl", notes)
+        responses[model] = [row for row in rows if not row.get("sample")]
+    return Run(
+        label=label,
+        path=str(path),
+        stages=stages,
+        settings=settings,
+        results=results,
+        split=split,
+        drift=_read_lines(path / "opd" / "drift.jsonl", notes),
+        rollouts=_read_lines(path / "opd" / "rollouts.jsonl", notes),
+        responses={model: rows for model, rows in responses.items() if rows},
+        notes=notes,
+    )
+
+
+def _labels(paths: list[epath.Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-parts:]) for path in paths]
+        if len({*labels}) == len(labels):
+            return labels
+    raise UserError("the same folder is given twice: " + ", ".join(map(str, paths)))
+
+
+def read_runs(workdirs: list[epath.PathLike]) -> list[Run]:
+    """Reads several working directories and gives each a label of its own."""
+    paths = [absolute(workdir) for workdir in workdirs]
+    return [read_run(p, label) for p, label in zip(paths, _labels(paths), strict=True)]

@@ -1,0 +1,62 @@
+"""rollouts.jsonl: cached responses as the trained student sees them, left by `opd` for the page."""
+
+import json
+
+import numpy as np
+
+from lopd.artefact import Artefact, write_atomically
+from lopd.cache.reader import Records
+from lopd.context import PARAMS, Context
+from lopd.data.tokenizers import Tokenizer
+from lopd.scoring import score_responses
+from lopd.training import checkpoints
+
+ROLLOUTS = 64
+"""How many."""
+
+
+def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as people read it; a special one, which decodes to nothing, by its name."""
+    piece = tokenizer.tokens[token]
+    if "▁" in piece:  # SentencePiece's space, which decoding drops at the start of a text
+        return piece.replace("▁", " ")
+    return tokenizer.decode([token]) or piece
+
+
+def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
+    """Writes rollouts.jsonl: responses with log π_T, log π_ref and the trained log π_θ, in nats.
+
+    Spread evenly over the cache, so that they are a fair sample of it whatever its order.
+    """
+    count = min(ROLLOUTS, len(records))
+    chosen = [records[i * len(records) // count] for i in range(count)]
+    student_logprobs = score_responses(
+        ctx.model("student"),
+        checkpoints.load_params(artefact.path / PARAMS, ctx.model("student"), ctx.mesh),
+        chosen,
+        mesh=ctx.mesh,
+        row_length=ctx.config.opd.row_length,
+        rows_per_micro=ctx.config.runtime.rows_per_micro,
+    )
+
+    def texts(tokens: np.ndarray) -> list[str]:
+        return [_token_text(ctx.tokenizer, int(token)) for token in tokens]
+
+    def numbers(values: np.ndarray) -> list[float]:
+        return np.round(values.astype(np.float64), 4).tolist()
+
+    lines = [
+        {
+            "prompt_id": int(record["prompt_id"]),
+            "sample_id": int(record["sample_id"]),
+            "prompt": "".join(texts(record["prompt_tokens"])),
+            "tokens": texts(record["response_tokens"]),
+            "finished": bool(record["finished"]),
+            "teacher_logprobs": numbers(record["teacher_logprobs"]),
+            "ref_logprobs": numbers(record["ref_logprobs"]),
+            "student_logprobs": numbers(student),
+        }
+        for record, student in zip(chosen, student_logprobs, strict=True)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(artefact.path / "rollouts.jsonl", text)

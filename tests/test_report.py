@@ -1,0 +1,375 @@
+import html.parser
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lopd import report
+from lopd.config import STAGES
+from lopd.errors import UserError
+from lopd.report import __main__ as report_main
+from lopd.report import panels, reading, texts
+from lopd.report.plots import smoothed
+
+NASTY = '</script><script>alert("x")</script><!-- <img src=x onerror=alert(1)> &amp; \u2028'
+TOKENS = ["1", "+", "2", "<b>", "\n", "</script>", "</s>"]
+
+
+def rollouts(count=5, length=12, seed=0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        teacher, ref, student = (np.round(-rng.exponential(1, length), 4) for _ in range(3))
+        rows.append(
+            {
+                "prompt_id": 100 + i,
+                "sample_id": i % 2,
+                "prompt": f"{NASTY} {i}",
+                "tokens": [TOKENS[(i + j) % len(TOKENS)] for j in range(length)],
+                "finished": i % 2 == 0,
+                "teacher_logprobs": teacher.tolist(),
+                "ref_logprobs": ref.tolist(),
+                "student_logprobs": student.tolist(),
+            }
+        )
+    return rows
+
+
+def metrics(steps=60, seed=0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    names = ("loss", "advantage", "clipped", "entropy", "grad_norm", "kl_teacher", "tokens")
+    return [
+        {"step": s, **{name: float(rng.uniform(0.1, 1)) for name in names}}
+        for s in range(1, steps + 1)
+    ]
+
+
+def result(accuracy, n=50) -> dict:
+    return {"accuracy": accuracy, "n": n, "ci95": [accuracy - 0.05, accuracy + 0.05],
+            "temperature": 0.0, "mean_response_tokens": 12.5, "finished": 0.98}  # fmt: skip
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
+    folder = workdir / name
+    folder.mkdir(parents=True)
+    manifest = {
+        "format_version": 1,
+        "stage": name,
+        "complete": complete,
+        "code_version": "0.1.0",
+        "settings": {"seed": 3, name: {"steps": 60} | settings},
+        "inputs": inputs or {},
+        "outputs": {"fingerprint": f"{name}-print"} if complete else {},
+        "seconds": 90.0 if complete else 0.0,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if name in reading.TRAINING:
+        (folder / "metrics.jsonl").write_text(lines(metrics()))
+
+
+def write_run(workdir, tau=1.0, opd=0.8):
+    """A finished run whose texts try to break out of the page."""
+    for name in STAGES:
+        inputs = {"opd": {"sft": "sft-print", "precompute": "another"}}.get(name)
+        write_stage(workdir, name, inputs=inputs, **({"tau": tau} if name == "opd" else {}))
+    models = {"base": 0.05, "sft": 0.5, "control": 0.55, "opd": opd, "teacher": 0.95}
+    summary = {
+        "split": "test",
+        "models": {m: {"task/greedy": result(a)} for m, a in models.items()},
+    }
+    (workdir / "eval" / "summary.json").write_text(json.dumps(summary))
+    for model in models:
+        row = {"mode": "greedy", "problem": 0, "sample": 0, "prompt": NASTY, "response": NASTY,
+               "answer": "<i>3</i>", "correct": model == "opd", "finished": True}  # fmt: skip
+        (workdir / "eval" / f"responses_{model}.jsonl").write_text(lines([row]))
+    (workdir / "opd" / "rollouts.jsonl").write_text(lines(rollouts()))
+    return workdir
+
+
+class Parsed(html.parser.HTMLParser):
+    """The tags of a page with their attributes, its text, and the content of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.scripts, self._inside = [], "", [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += f" {data}"
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("report") / "first")
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    path = report.write_report([run])
+    assert str(path) == str(run / "report.html")
+    return Parsed(path.read_text())
+
+
+def test_page_shows_figures_states_and_fingerprints(whole):
+    text = " ".join(whole.text.split())
+    assert "80.0 [75.0, 85.0]" in text and "50.0 [45.0, 55.0]" in text
+    assert "+30.0" in text and "+25.0" in text  # over SFT, over the control
+    assert "12 min 00 s" in text and "8 of 8 stages complete" in text
+    assert all(f"{stage}-print" in text for stage in ("teacher", "sft", "precompute", "opd"))
+    reads = {a["title"]: a["class"] for tag, a in whole.tags if "print" in a.get("title", "")}
+    assert reads["sft sft-print: the one in this folder"] == "same"
+    assert any("NOT the one" in a.get("title", "") for _, a in whole.tags)  # the other cache
+    assert "Not recorded: importance weight of tokens, importance weight of responses" in text
+    assert all(f" {title} " in text for title in ("Loss", "Entropy", "Gradient norm"))
+
+
+def test_page_is_self_contained(whole, run):
+    for tag, attributes in whole.tags:
+        assert tag not in ("link", "img", "iframe", "object") or attributes["href"] == "data:,"
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            value = attributes.get(name, "#")
+            assert value.startswith("#") or value == "data:,", (tag, name, value)
+    text = (run / "report.html").read_text()
+    assert "@import" not in text
+    assert all(part.startswith("#") for part in text.split("url(")[1:])
+    ids = [a["id"] for _, a in whole.tags if "id" in a]
+    used = {a["href"][1:] for _, a in whole.tags if a.get("href", "").startswith("#")}
+    assert used <= {*ids}
+    labelled = [a for tag, a in whole.tags if tag == "svg"]
+    assert len(labelled) > 10 and all(a["aria-label"] for a in labelled)
+
+
+def test_text_from_data_stays_text(whole):
+    assert [tag for tag, _ in whole.tags].count("script") == 2  # the data and the code
+    assert not [tag for tag, _ in whole.tags if tag == "img"]
+    assert not any(name.startswith("on") for _, a in whole.tags for name in a)
+    clean = NASTY.replace("\u2028", "")
+    assert whole.data["rollouts"][0]["prompt"] == f"{clean} 0"
+    assert whole.data["rollouts"][1]["tokens"][4] == "</script>"
+    problem = whole.data["evaluation"]["problems"][0]
+    assert problem["answer"] == "<i>3</i>"
+    assert problem["models"]["opd"]["greedy"] == [clean, True, True]
+
+
+def test_labels_of_runs_are_escaped(tmp_path):
+    run = write_run(tmp_path / "<script>bad")
+    text = report.write_report([run]).read_text()
+    assert "<script>bad" not in text and "&lt;script&gt;bad" in text
+
+
+def test_rollout_statistics_are_those_of_plain_loops(run):
+    rows = rollouts()
+    shares, totals, counts = {}, [0.0] * panels.BINS, [0] * panels.BINS
+    for row in rows:
+        for i, (t, r) in enumerate(zip(row["teacher_logprobs"], row["ref_logprobs"], strict=True)):
+            shares.setdefault(row["tokens"][i], []).append(abs(t - r))
+            place = math.floor(i / len(row["tokens"]) * panels.BINS)
+            totals[place] += t - r
+            counts[place] += 1
+    found = {t["token"]: t for t in panels.heaviest_tokens(reading.read_run(run, "x"))}
+    whole = sum(map(sum, shares.values()))
+    for token, values in shares.items():
+        assert found[token]["count"] == len(values)
+        assert found[token]["before"] == pytest.approx(sum(values) / len(values))
+        assert found[token]["share"] == pytest.approx(sum(values) / whole)
+    (plot, histogram) = panels.advantage_plots([reading.read_run(run, "x")])
+    expected = [t / n if n else None for t, n in zip(totals, counts, strict=True)]
+    shown = plot.hover["series"][0]["y"]
+    assert [v is None for v in shown] == [v is None for v in expected]
+    assert [v for v in shown if v] == pytest.approx([v for v in expected if v], rel=1e-3)
+    assert sum(histogram.hover["series"][0]["y"]) == pytest.approx(100, rel=1e-3)
+
+
+def test_drift_panel_and_held_out_values_are_drawn(tmp_path):
+    run = write_run(tmp_path / "run")
+    held_out = {"loss": 0.5, "ess_fraction": 0.9, "ess_fraction_ci95": [0.8, 1.0], "sequences": 8}
+    rows = [
+        {
+            "step": step,
+            "heldout": held_out if step else None,
+            "advantage_histogram": {"edges": [-1, 0, 1], "counts": [3, 1]},
+            "advantage_by_position": [0.1 * step] * 19 + [0.0],
+            "position_counts": [4] * 19 + [0],
+        }
+        for step in (0, 30, 60)
+    ]
+    (run / "opd" / "drift.jsonl").write_text(lines(rows))
+    parsed = Parsed(report.write_report([run]).read_text())
+    assert "held-out responses, sampled at T = 1" in parsed.text
+    series = [plot["series"] for plot in parsed.data["plots"]]
+    labels = [[s["label"] for s in plot] for plot in series]
+    assert ["Loss", "held out"] in labels
+    assert ["held out"] in labels  # what only the held-out slice has, in %
+    assert [90, 90] in [plot[0]["y"] for plot in series if plot[0]["label"] == "held out"]
+    position, histogram = (p for p in series if p[0]["label"] == "step 0")
+    assert [s["label"] for s in position] == ["step 0", "step 30", "step 60"]
+    assert position[2]["y"] == pytest.approx([6.0] * 19 + [None])
+    assert histogram[0]["y"] == [75, 25]
+
+
+def test_several_test_sets_are_told_apart(tmp_path):
+    run = write_run(tmp_path / "run")
+    row = {"mode": "greedy", "problem": 0, "sample": 0, "prompt": "p", "answer": "3",
+           "response": "r", "correct": True, "finished": True}  # fmt: skip
+    rows = [row | {"test": "aime24"}, row | {"test": "aime25", "correct": False}]
+    rows += [row | {"test": "aime25", "sample": 1}]
+    (run / "eval" / "responses_opd.jsonl").write_text(lines(rows))
+    evaluation = Parsed(report.write_report([run]).read_text()).data["evaluation"]
+    assert {"aime24", "aime25"} < {*evaluation["tests"]}
+    verdicts = {p["test"]: p["models"]["opd"]["greedy"][1] for p in evaluation["problems"]
+                if "opd" in p["models"]}  # fmt: skip
+    assert verdicts == {"aime24": True, "aime25": False}
+
+
+@pytest.mark.parametrize("keep", ["teacher", "opd", "eval", "export"])
+def test_partial_run_says_what_is_missing(tmp_path, keep):
+    write_stage(tmp_path / "run", keep, complete=False)
+    path = tmp_path / "run" / keep
+    if keep == "opd":
+        (path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    if keep == "eval":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["results"] = {"sft": {"task/greedy": result(0.25)}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    text = " ".join(Parsed(report.write_report([tmp_path / "run"]).read_text()).text.split())
+    assert f"Not finished: {keep}." in text
+    assert "Not in this folder: " in text
+    assert ("1 unreadable line" in text) == (keep == "opd")
+    assert ("25.0 [20.0, 30.0]" in text) == (keep == "eval")
+
+
+def test_damaged_manifest_is_a_note(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "sft" / "manifest.json").write_text("{")
+    text = Parsed(report.write_report([run]).read_text()).text
+    assert "sft/manifest.json is damaged" in text and "80.0" in text
+
+
+def test_comparison_names_what_differs(run, tmp_path):
+    other = write_run(tmp_path / "second", tau=10.0, opd=0.7)
+    path = report.write_report([run, other])
+    assert str(path) == str(run / "comparison.html")
+    parsed = Parsed(path.read_text())
+    text = " ".join(parsed.text.split())
+    differences = text[text.index("Settings that differ") : text.index("Accuracy In %")]
+    assert "opd.tau 1 10" in differences and "seed" not in differences
+    assert "80.0 [75.0, 85.0]" in text and "70.0 [65.0, 75.0]" in text
+    loss = parsed.data["plots"][0]["series"]
+    assert [(s["label"], s["colour"]) for s in loss] == [("first", 1), ("second", 2)]
+    assert {r["run"] for r in parsed.data["rollouts"]} == {0, 1}
+    again = write_run(tmp_path / "elsewhere" / "second")
+    runs = reading.read_runs([other, again])
+    assert runs[0].label.endswith("/second") and runs[1].label == "elsewhere/second"
+    with pytest.raises(UserError, match="twice"):
+        reading.read_runs([other, other])
+
+
+def test_page_of_a_large_run_stays_small(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "opd" / "rollouts.jsonl").write_text(lines(rollouts(count=64, length=2048)))
+    for stage in reading.TRAINING:
+        (run / stage / "metrics.jsonl").write_text(lines(metrics(steps=3000)))
+    row = {"mode": "greedy", "sample": 0, "prompt": "p" * 300, "response": "r" * 4000,
+           "answer": "3", "correct": True, "finished": True}  # fmt: skip
+    rows = [row | {"problem": i} for i in range(500)]
+    (run / "eval" / "responses_opd.jsonl").write_text(lines(rows))
+    path = report.write_report([run])
+    assert path.stat().length < 3_000_000
+    assert "19 of 64, to keep the page small" in path.read_text()
+
+
+def test_same_page_is_not_written_again(run):
+    before = os.stat(report.write_report([run])).st_mtime_ns
+    assert os.stat(report.write_report([run])).st_mtime_ns == before
+
+
+def test_smoothing_follows_the_data_and_not_its_spikes():
+    line = np.linspace(0, 1, 200)
+    spiky = line.copy()
+    spiky[[50, 120]] = 1000, np.nan
+    assert np.abs(smoothed(spiky) - line)[10:-10].max() < 0.01
+    assert len(smoothed(np.array([3.0]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (texts.number(999), "999"),
+        (texts.number(1_234_567), "1.23 M"),
+        (texts.number(0.01234), "0.0123"),
+        (texts.duration(4.64), "4.6 s"),
+        (texts.duration(59.7), "1 min 00 s"),
+        (texts.duration(7499), "2 h 04 min"),
+        (texts.signed(-1.25, 1), "−1.2"),
+        (texts.setting(1e-8), "1e-08"),
+        (texts.setting(1e6), "1000000"),
+    ],
+)
+def test_numbers_have_sensible_digits(shown, expected):
+    assert shown == expected
+
+
+def test_command_line(run, tmp_path, monkeypatch, capsys):
+    done = subprocess.run(
+        [sys.executable, "-m", "lopd.report", str(run)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(run / "report.html")), done.stderr
+    for path in (tmp_path / "nowhere", tmp_path):  # no folder; no run in it
+        monkeypatch.setattr(sys, "argv", ["lopd.report", str(path)])
+        with pytest.raises(SystemExit) as stopped:
+            report_main.main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and str(path) in error
+        assert error.startswith("lopd: error: ") and error.count("\n") == 1
+
+
+def test_failing_report_is_a_warning(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "opd" / "rollouts.jsonl").write_text('{"tokens": 3}\n')
+    assert report.write_after_run(run) is None
+    warning = capsys.readouterr().err
+    assert warning.startswith("lopd: warning: no report (") and warning.count("\n") == 1
+
+
+def test_page_works_in_a_browser(run):
+    """Scripts run, what they make is there, and the console is silent."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium on this machine")
+    path = report.write_report([run])
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--virtual-time-budget=2000", "--dump-dom", f"file://{path}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    parsed = Parsed(done.stdout)
+    assert [a.get("class") for tag, a in parsed.tags if tag == "article"] == ["item"] * 6
+    assert "5 of 5 rollouts" in parsed.text and "1 of 1 problems" in parsed.text
+    assert len([a for _, a in parsed.tags if "data-i" in a]) == 60
+    assert 'alert("x")' in parsed.text  # shown, not run
