@@ -1,4 +1,4 @@
-"""The device mesh and the one table that maps logical axes onto it."""
+"""The device mesh, what lies where on it, and the processes that share it."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lopd.errors import UserError
 from lopd.models import qwen3
-
-AXES = ("data", "fsdp", "tensor")
-
-RULES = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "expert": None,
-    "norm": None,
-}
-"""Logical parameter axis → mesh axis. Batches are split over data and fsdp together."""
+from lopd.sharding import AXES, RULES, spec
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -69,7 +55,7 @@ def check_divisible(config: qwen3.Qwen3Config, mesh: Mesh, what: str) -> None:
 def param_shardings(config: qwen3.Qwen3Config, mesh: Mesh) -> qwen3.Params:
     """The sharding of every parameter, as a tree like the parameters."""
     return jax.tree.map(
-        lambda names: NamedSharding(mesh, PartitionSpec(*(RULES[n] for n in names))),
+        lambda names: NamedSharding(mesh, spec(*names)),
         qwen3.logical_axes(config),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
@@ -82,4 +68,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Arrays whose axis `leading` is rows: split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+    return NamedSharding(mesh, spec(*(None,) * leading, "rows"))

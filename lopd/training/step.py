@@ -11,6 +11,7 @@ from lopd.models import qwen3
 from lopd.objectives import Batch, Objective
 from lopd.parallel import replicated
 from lopd.scoring import token_scores
+from lopd.sharding import on_mesh
 from lopd.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -66,7 +67,8 @@ def make_train_step(
     """One optimizer update on one global batch; the state is donated."""
 
     def step(state: TrainState, batch: Batch):
-        grads, metrics = batch_gradients(config, objective, state.params, batch)
+        with on_mesh(mesh):
+            grads, metrics = batch_gradients(config, objective, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
