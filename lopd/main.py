@@ -49,10 +49,11 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
-    from lopd import pipeline, platform
+    from lopd import parallel, pipeline, platform
 
     platform.prepare(WORKDIR.value)
     try:
+        parallel.initialize()
         with shutdown.on_signals():
             pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
     except UserError as error:

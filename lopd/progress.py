@@ -1,11 +1,14 @@
 """What people see while a run works: progress bars and metric files."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 
 import tqdm
 from etils import epath
+
+from lopd import parallel
 
 
 def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, initial: int = 0):
@@ -16,6 +19,7 @@ def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, 
         initial=initial,
         desc=f"{label:<10}",
         unit=f" {unit}",
+        disable=not parallel.is_main(),
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.1,
@@ -23,10 +27,15 @@ def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, 
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per step, in order, also after a resume."""
+    """`metrics.jsonl`: one JSON object per step, in order, also after a resume.
+
+    With several processes, the first one writes it.
+    """
 
     def __init__(self, path: epath.Path, resume_step: int = 0):
         """Opens the file, dropping what an interrupted run wrote after `resume_step`."""
+        if not parallel.is_main():
+            path = epath.Path(os.devnull)
         kept = []
         if resume_step and path.exists():
             for line in path.read_text().splitlines():

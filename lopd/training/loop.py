@@ -93,7 +93,8 @@ def train(
         for step, batch in enumerate(
             batches.slice(slice(start, recipe.steps)).to_iter_dataset(reads), start=start + 1
         ):
-            shutdown.check()
+            if parallel.any_process(shutdown.requested()):
+                raise shutdown.Stopped
             state, metrics = step_fn(state, _put(batch, mesh))
             if in_flight is not None:
                 report(*in_flight)
