@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from lopd.data.packing import pack, pad_rows
 from lopd.models import qwen3
 from lopd.parallel import rows_sharding
+from lopd.sharding import on_mesh
 
 CHUNK_TOKENS = 2048
 """Positions per chunk over all rows; with V = 152k one chunk of float32 logits is 1.2 GiB."""
@@ -181,6 +182,7 @@ def score_responses(
     scored = []
     for start in range(0, len(arrays["tokens"]), rows_per_micro):
         rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
-        scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
+        with on_mesh(mesh):
+            scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
     logprobs = np.concatenate(jax.device_get(scored))
     return [span.read(logprobs) for span in spans]
