@@ -114,12 +114,11 @@ def processes(script: list[str], count: int, devices: int, **variables) -> list:
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
-        **variables,
     }
     return [
         subprocess.Popen(
             [sys.executable, *script],
-            env=environment | {"JAX_PROCESS_ID": str(index)},
+            env=environment | {"JAX_PROCESS_ID": str(index)} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
