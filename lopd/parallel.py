@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lopd import shutdown
 from lopd.errors import UserError
 from lopd.models import qwen3
-from lopd.sharding import AXES, RULES, spec
+from lopd.models.sharding import AXES, RULES, spec
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from lopd.data.packing import pack, pad_rows
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.parallel import rows_sharding
-from lopd.sharding import on_mesh
 
 CHUNK_TOKENS = 2048
 """Positions per chunk over all rows; with V = 152k one chunk of float32 logits is 1.2 GiB."""

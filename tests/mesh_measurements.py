@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from lopd import parallel
 from lopd.data.batches import micro_batches
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.objectives import lightning_opd
 from lopd.scoring import score_responses
-from lopd.sharding import on_mesh
 from lopd.training.step import batch_gradients
 
 FIELDS = ("teacher_logprobs", "ref_logprobs")

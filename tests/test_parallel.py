@@ -28,7 +28,7 @@ from mesh_measurements import (
 from lopd import parallel
 from lopd.errors import UserError
 from lopd.models import qwen3
-from lopd.sharding import on_mesh
+from lopd.models.sharding import on_mesh
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MESHES = [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)]

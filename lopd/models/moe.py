@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lopd.sharding import ROWS, current_mesh, divides, spec
+from lopd.models.sharding import ROWS, current_mesh, divides, spec
 
 
 @flax.struct.dataclass
@@ -63,9 +63,9 @@ def route(logits: jax.Array, experts_per_token: int, normalise: bool) -> Routing
 
 
 def _mesh_of_rows(x: jax.Array) -> AbstractMesh | None:
-    """The mesh that the program is traced for, if the rows of `x` divide over it."""
+    """The mesh that the program is traced for, if it has devices to split the rows of `x` over."""
     mesh = current_mesh()
-    return mesh if mesh is not None and divides(mesh, x, "rows") else None
+    return mesh if mesh is not None and mesh.size > 1 and divides(mesh, x, "rows") else None
 
 
 def _local_experts(x_BTD, experts_BTJ, weights_BTJ, gate_EDF, up_EDF, down_EFD) -> jax.Array:

@@ -20,7 +20,7 @@ from lopd.errors import UserError
 from lopd.models import moe
 from lopd.models.attention import attend, causal_segment_mask
 from lopd.models.kv_cache import KVCache
-from lopd.sharding import constrain
+from lopd.models.sharding import constrain
 
 Params = dict[str, Any]
 

@@ -8,10 +8,10 @@ import optax
 from jax.sharding import Mesh
 
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.objectives import Batch, Objective
 from lopd.parallel import replicated
 from lopd.scoring import token_scores
-from lopd.sharding import on_mesh
 from lopd.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]

@@ -41,10 +41,10 @@ def spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*(name and RULES[name] for name in names))
 
 
+ROW_AXES = RULES["rows"]
+"""The mesh axes that the rows of a batch are split over."""
 ROWS = spec("rows")
 """Anything whose first axis is rows of a batch: tokens [B, T], hidden states [B, T, D]."""
-KV_CACHE = spec("rows", "length", "kv_heads", "head_dim")
-"""One layer's keys or values [B, capacity, K, N]."""
 
 
 def on_mesh(mesh: Mesh) -> AbstractContextManager:
@@ -57,9 +57,15 @@ def on_mesh(mesh: Mesh) -> AbstractContextManager:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the innermost `on_mesh`; None outside, and for a mesh of one device."""
+    """The mesh of the innermost `on_mesh`; None outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.empty else mesh
+
+
+def current_platform() -> str:
+    """ "tpu", "gpu" or "cpu": what the program being traced will run on."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.abstract_device.platform
 
 
 def parts(mesh: Mesh | AbstractMesh, name: str | None) -> int:
