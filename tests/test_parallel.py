@@ -151,6 +151,22 @@ def test_processes_that_do_not_meet_are_one_line(index):
     assert "lopd: error: not all processes met at 127.0.0.1:" in errors
 
 
+def test_a_process_that_fails_alone_is_gone_at_once(tmp_path):
+    """A workdir that only the second process cannot use; the first waits for it meanwhile."""
+    (tmp_path / "file").write_text("")
+    config = f"--config={REPOSITORY / 'configs/tiny.py'}"
+    script = "import os; from absl import app; from lopd import main; import sys; "
+    script += "sys.argv[2] += ['/w', '/file/w'][int(os.environ['JAX_PROCESS_ID'])]; "
+    script += "app.run(main.main, flags_parser=main._parse_flags)"
+    command = ["-c", script, config, f"--workdir={tmp_path}", "--stages=teacher"]
+    first, second = processes(command, count=2, devices=1)
+    errors = second.communicate(timeout=60)[1]
+    assert second.returncode == 2 and "cannot be written" in errors
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+
+
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "1",
          "SLURM_LOCALID": "0"}  # fmt: skip
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "host:12", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
