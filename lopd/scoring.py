@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from lopd.data.packing import pack, pad_rows
@@ -184,5 +185,5 @@ def score_responses(
         rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
         with on_mesh(mesh):
             scored.append(_score_rows(config, params, jax.device_put(rows, sharding)))
-    logprobs = np.concatenate(jax.device_get(scored))
+    logprobs = np.concatenate([process_allgather(s, tiled=True) for s in scored])
     return [span.read(logprobs) for span in spans]

@@ -12,7 +12,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
 from mesh_measurements import (
     CONFIGS,
     DENSE,
@@ -21,6 +20,7 @@ from mesh_measurements import (
     batch,
     gradient_program,
     gradients,
+    host_params,
     logprobs,
     mesh_of,
 )
@@ -56,8 +56,7 @@ def test_same_loss_and_gradients_on_every_mesh(shape, kind):
     assert_same(gradients(kind, mesh_of(*shape), packed=False), kind)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(("shape", "kind"), [*((s, "dense") for s in MESHES), ((2, 2, 2), "moe")])
 def test_same_logprobs_on_every_mesh(shape, kind):
     assert_same(logprobs(kind, mesh_of(*shape)), kind)
 
@@ -78,7 +77,7 @@ def test_router_loss_is_that_of_all_tokens():
             with on_mesh(mesh):
                 return qwen3.forward_with_router_loss(MOE, params, *rows)[1]
 
-        params = jax.device_put(random_params(MOE, 0), parallel.param_shardings(MOE, mesh))
+        params = jax.device_put(host_params("moe"), parallel.param_shardings(MOE, mesh))
         found.append(jax.jit(loss)(params, *jax.device_put(rows, parallel.rows_sharding(mesh))))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
@@ -137,7 +136,7 @@ def test_two_processes_of_four_devices_measure_the_same(tmp_path):
     assert found.pop("processes") == 2
     for kind in CONFIGS:
         own = {name.removeprefix(f"{kind} "): x for name, x in found.items() if kind in name}
-        assert own.keys() == on_one_device(kind).keys()
+        assert own.keys() >= gradients(kind, mesh_of(1, 1, 1)).keys()
         assert_same(own, kind)
 
 
