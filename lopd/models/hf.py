@@ -6,6 +6,7 @@ one file at a time back, so that the host never holds a model.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopd import parallel
@@ -442,6 +444,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a folder that Transformers' `from_pretrained` loads; the host holds one file of it.
 
+    With several processes, all must call it, and the first one writes.
+
     Args:
       path: the folder; it must exist.
       config: the model's shape.
@@ -457,19 +461,22 @@ def save_checkpoint(
 
     def load(name: str) -> np.ndarray:
         place = places[name]
-        return np.asarray(
-            _extract(
-                flat[place.param],
-                place.index,
-                shape=place.shape,
-                transposed=place.transposed,
-                dtype=dtype,
-            )
+        part = _extract(
+            flat[place.param],
+            place.index,
+            shape=place.shape,
+            transposed=place.transposed,
+            dtype=dtype,
         )
+        return multihost_utils.process_allgather(part, tiled=True)
 
     count, files = len(shards), [WEIGHTS]
     if count > 1:
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if not parallel.is_main():
+        for name in itertools.chain(*shards):
+            load(name)  # takes part in the gathering
+        return
     for file, shapes in zip(files, shards, strict=True):
         safetensors_file.write(path / file, {name: load(name) for name in shapes})
     if count > 1:

@@ -20,6 +20,7 @@ from lopd.errors import UserError
 from lopd.models import moe
 from lopd.models.attention import attend, causal_segment_mask
 from lopd.models.kv_cache import KVCache
+from lopd.models.sharding import constrain
 
 Params = dict[str, Any]
 
@@ -162,18 +163,17 @@ class MoE(nn.Module):
     def __call__(self, x_BTD, counted_BT):
         c = self.config
         D, E, F = c.hidden_size, c.num_experts, c.moe_intermediate_size
-        x_ND = x_BTD.reshape(-1, D)
         router = _kernel(self, "router", (D, E), ("embed", "expert"))
-        logits = jnp.einsum("nd,de->ne", x_ND, router, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,de->bte", x_BTD, router, preferred_element_type=jnp.float32)
         routing = moe.route(logits, c.num_experts_per_tok, c.norm_topk_prob)
         out = moe.experts_mlp(
-            x_ND,
+            x_BTD,
             routing,
             _kernel(self, "gate", (E, D, F), ("expert", "embed", "mlp")),
             _kernel(self, "up", (E, D, F), ("expert", "embed", "mlp")),
             _kernel(self, "down", (E, F, D), ("expert", "mlp", "embed")),
         )
-        return out.reshape(x_BTD.shape), moe.router_load(routing, counted_BT.reshape(-1))
+        return out, moe.router_load(routing, counted_BT)
 
 
 class Block(nn.Module):
@@ -274,7 +274,16 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
 
 def _embed(config: Qwen3Config, params: Params, tokens: jax.Array) -> jax.Array:
     with jax.named_scope("embed"):
-        return params["embed"].astype(config.compute_dtype)[tokens]
+        # Each device looks its columns up for the rows of its whole fsdp group and exchanges the
+        # results; otherwise the table itself is gathered, and every row on every device.
+        table = params["embed"].astype(config.compute_dtype)
+        columns = constrain(table[constrain(tokens, "group_rows")], "group_rows", None, "embed")
+        return _activations(columns)
+
+
+def _activations(x_BTD: jax.Array) -> jax.Array:
+    """Hidden states lie by rows; left alone, the partitioner splits D as the weights are."""
+    return constrain(x_BTD, "rows", "length", "hidden")
 
 
 def _scan_layers(config, params, tokens, positions, segment_ids, remat):
@@ -286,7 +295,7 @@ def _scan_layers(config, params, tokens, positions, segment_ids, remat):
     def layer(x, layer_params):
         variables = {"params": layer_params}
         x, _, load = block.apply(variables, x, rotary, mask, None, None, segment_ids > 0)
-        return x, load
+        return _activations(x), load
 
     layer = jax.checkpoint(layer) if remat else layer
     x, loads = jax.lax.scan(layer, _embed(config, params, tokens), params["layers"])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lopd import shutdown
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
 from lopd.models.qwen3 import Params
@@ -106,7 +106,8 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
             lines += [{"test": test, "mode": mode, **line} for line in graded]
     progress.close()
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(artefact.path / f"responses_{name}.jsonl", text)
+    if parallel.is_main():
+        write_atomically(artefact.path / f"responses_{name}.jsonl", text)
     return results
 
 
@@ -118,5 +119,6 @@ def run(ctx: Context, artefact: Artefact) -> dict:
             results[name] = _grade(ctx, artefact, name)
             artefact.save()
     summary = {"split": ctx.config.eval.split, "seed": ctx.config.seed, "models": results}
-    write_atomically(artefact.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if parallel.is_main():
+        write_atomically(artefact.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     return {"models": list(results)}

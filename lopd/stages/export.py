@@ -1,5 +1,6 @@
 """`export`: the trained student as a Hugging Face checkpoint."""
 
+from lopd import parallel
 from lopd.artefact import Artefact
 from lopd.context import Context
 from lopd.models import hf
@@ -19,6 +20,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     """Writes safetensors, config.json, generation_config.json and the tokenizer."""
     params = ctx.load_params("opd", "student")
     hf.save_checkpoint(artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id)
-    for name, content in ctx.tokenizer.files.items():
-        (artefact.path / name).write_bytes(content)
+    if parallel.is_main():
+        for name, content in ctx.tokenizer.files.items():
+            (artefact.path / name).write_bytes(content)
     return {}

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from lopd import parallel
 from lopd.artefact import Artefact, write_atomically
 from lopd.data.batches import StepBatches, micro_batches, put_batch
 from lopd.errors import UserError
@@ -75,7 +76,7 @@ def stop_with_records(
         )
     ]  # fmt: skip
     bad = [entry for entry in entries if not entry["finite"]]
-    if jax.process_index() == 0:
+    if parallel.is_main():
         report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
         text = json.dumps({**report, "records": entries}, indent=2)
         write_atomically(artefact.path / "failure.json", text + "\n")

@@ -63,7 +63,7 @@ class _Log:
         settings = artefact.manifest["settings"]
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
         self._drift = None
-        if drift and jax.process_index() == 0:
+        if drift and parallel.is_main():
             self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
@@ -110,22 +110,16 @@ class _Log:
 class _Stop:
     """Whether any process was asked to stop; with several, all learn of it at the same step."""
 
-    def __init__(self, mesh: Mesh):
-        self._sharding = parallel.rows_sharding(mesh)
-        self._rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._any = jax.jit(jnp.any, out_shardings=parallel.replicated(mesh))
-        self._before = None
+    def __init__(self):
+        self._before = False
 
     def agreed(self) -> bool:
-        """Asks, and answers what was asked one step ago: that answer needs no waiting."""
+        """Asks; with several processes it answers what was asked a step ago, without waiting."""
+        asked = parallel.any_process(shutdown.requested())
         if jax.process_count() == 1:
-            return shutdown.requested()
-        asked = shutdown.requested()
-        flags = jax.make_array_from_callback(
-            (self._rows,), self._sharding, lambda i: np.full(self._rows, asked)[i]
-        )
-        before, self._before = self._before, self._any(flags)
-        return before is not None and bool(before)
+            return asked
+        before, self._before = self._before, asked
+        return bool(before)
 
 
 class _Profile:
@@ -249,7 +243,7 @@ class _Loop:
 
     def run(self, batches: StepBatches, start: int, last: int) -> bool:
         """Steps start + 1 … last; true if it ended earlier because it was asked to stop."""
-        stop, profile = _Stop(self.mesh), _Profile(self.artefact, self.runtime.profile_steps)
+        stop, profile = _Stop(), _Profile(self.artefact, self.runtime.profile_steps)
         data, in_flight, stopped = batches.iterate(start, last), None, False
         for step in range(start + 1, last + 1):
             if stopped := stop.agreed():

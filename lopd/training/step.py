@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lopd.data.batches import RESPONSE_STATS
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.objectives import SEQUENCE_LOG_RATIO, Batch, Objective
 from lopd.parallel import replicated
 from lopd.scoring import TokenScores, token_scores
@@ -154,7 +155,10 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch):
-        grads, metrics = batch_gradients(config, objective, state.params, batch, router_coefficient)
+        with on_mesh(mesh):
+            grads, metrics = batch_gradients(
+                config, objective, state.params, batch, router_coefficient
+            )
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

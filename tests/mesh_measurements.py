@@ -1,0 +1,147 @@
+"""What must be the same on every mesh, and in any number of processes.
+
+As a program, `python mesh_measurements.py OUTPUT DATA,FSDP,TENSOR` joins the processes that the
+environment names, measures on their devices together, and the first process writes OUTPUT.npz.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import numpy as np
+from conftest import TIED, random_records
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lopd import parallel
+from lopd.data.batches import micro_batches
+from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
+from lopd.objectives import lightning_opd
+from lopd.scoring import score_responses
+from lopd.training.step import batch_gradients
+
+FIELDS = ("teacher_logprobs", "ref_logprobs")
+DENSE = dataclasses.replace(  # divides over every mesh of the tests
+    TIED, vocab_size=40, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+)
+MOE = dataclasses.replace(
+    DENSE,
+    tie_word_embeddings=False,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+)
+CONFIGS = {"dense": DENSE, "moe": MOE}
+ROW_LENGTH = 44  # unlike any size of the models, so that it tells activations in a compiled module
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+
+
+def records() -> list[dict]:
+    lengths = np.random.default_rng(0).integers(2, 20, (8, 2)).tolist()
+    return random_records(DENSE, lengths, **dict.fromkeys(FIELDS))
+
+
+def batch(packed: bool, rows_per_micro: int) -> dict[str, np.ndarray]:
+    """The same eight responses, packed into few rows or one in each row."""
+    pack = functools.partial(
+        micro_batches, rows_per_micro=rows_per_micro, reduction="sample_mean", token_fields=FIELDS
+    )
+    whole = pack(records(), row_length=ROW_LENGTH)
+    if packed:
+        return whole
+    singles = [pack([r], row_length=ROW_LENGTH) for r in records()]
+    names = whole.keys() - {"num_micro"}
+    rows = {name: np.concatenate([s[name][0, :1] for s in singles]) for name in names}
+    rows["weights"] = rows["weights"] / len(singles)  # each was a whole batch
+    rows = {name: a.reshape(-1, rows_per_micro, ROW_LENGTH) for name, a in rows.items()}
+    return {**rows, "num_micro": np.int32(len(rows["tokens"]))}
+
+
+@functools.cache
+def host_params(kind: str) -> qwen3.Params:
+    """Random parameters, norm scales around one; drawn by NumPy because nothing compiles then."""
+    rng = np.random.default_rng(3)
+
+    def draw(path, leaf):
+        around = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return (around + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, qwen3.abstract_params(CONFIGS[kind]))
+
+
+def _params(kind: str, mesh: Mesh) -> qwen3.Params:
+    return jax.device_put(host_params(kind), parallel.param_shardings(CONFIGS[kind], mesh))
+
+
+def _on_host(tree, prefix: str) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        prefix + jax.tree_util.keystr(path): multihost_utils.process_allgather(x, tiled=True)
+        for path, x in leaves
+    }
+
+
+@functools.cache
+def gradient_program(kind: str, mesh: Mesh, rows_per_micro: int = 8) -> jax.stages.Compiled:
+    """The compiled gradient of one global batch, as the training step takes it."""
+    config = CONFIGS[kind]
+    whole = parallel.replicated(mesh)
+
+    def program(params, batch):
+        with on_mesh(mesh):
+            return batch_gradients(config, lightning_opd(1.0), params, batch)
+
+    shardings = parallel.param_shardings(config, mesh)
+    arguments = (_params(kind, mesh), _on_mesh(mesh, batch(True, rows_per_micro)))
+    lowered = jax.jit(program, out_shardings=(shardings, whole)).lower(*arguments)
+    # Compiles in a third of the time; the partitioner's passes are the same.
+    return lowered.compile({"xla_backend_optimization_level": 0})
+
+
+def _on_mesh(mesh: Mesh, arrays: dict) -> dict:
+    rows, whole = parallel.rows_sharding(mesh, leading=1), parallel.replicated(mesh)
+    return {name: jax.device_put(x, rows if np.ndim(x) else whole) for name, x in arrays.items()}
+
+
+def gradients(kind: str, mesh: Mesh, packed: bool = True, rows_per_micro: int = 8) -> dict:
+    """Loss, its diagnostics, and the gradient of every parameter, as arrays by name."""
+    program = gradient_program(kind, mesh, rows_per_micro)
+    grads, metrics = program(_params(kind, mesh), _on_mesh(mesh, batch(packed, rows_per_micro)))
+    return _on_host(grads, "gradient") | _on_host(metrics, "metric")
+
+
+def logprobs(kind: str, mesh: Mesh) -> dict:
+    """The log-probability of every response token."""
+    scored = score_responses(
+        CONFIGS[kind],
+        _params(kind, mesh),
+        records(),
+        mesh=mesh,
+        row_length=ROW_LENGTH,
+        rows_per_micro=8,
+    )
+    return {"logprobs": np.concatenate(scored)}
+
+
+def main(output: str, shape: str) -> None:
+    parallel.initialize(timeout=120)
+    mesh = mesh_of(*map(int, shape.split(",")))
+    found = {"processes": np.int32(jax.process_count())}
+    for kind in CONFIGS:
+        measured = gradients(kind, mesh)
+        if kind == "moe":  # the larger model's stands for both
+            measured |= logprobs(kind, mesh)
+        found |= {f"{kind} {name}": value for name, value in measured.items()}
+    if parallel.is_main():
+        np.savez(output, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
