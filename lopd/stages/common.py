@@ -18,7 +18,9 @@ from lopd.models import hf, qwen3
 from lopd.objectives import Objective
 from lopd.parallel import check_divisible, param_shardings
 from lopd.progress import bar
-from lopd.sampling.engine import Request, Response, Sampling, generate
+from lopd.sampling.draw import Truncation
+from lopd.sampling.engine import Request, Response, Sampler, Sampling
+from lopd.sampling.memory import slots_that_fit
 from lopd.tasks import Problem
 from lopd.training import checkpoints
 from lopd.training.loop import train
@@ -109,34 +111,30 @@ def sampler(
     section: ml_collections.ConfigDict,
     purpose: str,
     temperature: float | None = None,
-) -> Callable[[Sequence[Request]], Iterator[Response]]:
-    """A function from requests to responses (in order of finishing) for one model.
+) -> Sampler:
+    """What answers requests (in order of finishing) for one model, and counts what it does.
 
     `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its.
     """
     model, runtime = ctx.model(which), ctx.config.runtime
-    decode_params = qwen3.inference_params(model, params)
     sampling = Sampling(
         temperature=section.temperature if temperature is None else temperature,
-        top_p=section.top_p,
         max_response=section.response_length,
         seed=ctx.seed(purpose),
         end_ids=ctx.tokenizer.end_ids,
+        truncation=Truncation(section.top_k, section.top_p, section.min_p),
     )
-
-    def sample(wanted: Sequence[Request]) -> Iterator[Response]:
-        return generate(
-            model,
-            decode_params,
-            wanted,
-            sampling,
-            slots=runtime.slots,
-            capacity=ctx.config.prompt_length + section.response_length,
-            decode_steps=runtime.decode_steps,
-            prefill_batch=runtime.prefill_batch,
-        )
-
-    return sample
+    decode_params = qwen3.inference_params(model, params)
+    capacity = ctx.config.prompt_length + section.response_length
+    return Sampler(
+        model,
+        decode_params,
+        sampling,
+        slots=runtime.slots or slots_that_fit(model, capacity, ctx.mesh),
+        capacity=capacity,
+        decode_steps=runtime.decode_steps,
+        mesh=ctx.mesh,
+    )
 
 
 def response_record(response: Response) -> dict:
