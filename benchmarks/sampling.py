@@ -184,9 +184,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
         stacked = qwen3.init_params(CONFIG, jax.random.key(0))
-        hf.save_checkpoint(pathlib.Path(folder) / "model", CONFIG, stacked, end_id=0)
+        checkpoint = pathlib.Path(folder) / "model"
+        checkpoint.mkdir()
+        hf.save_checkpoint(checkpoint, CONFIG, stacked, end_id=0)
         reference = transformers.AutoModelForCausalLM.from_pretrained(
-            f"{folder}/model", dtype=torch.float32
+            checkpoint, dtype=torch.float32
         ).eval()
         params = qwen3.inference_params(CONFIG, stacked)
         size = sum(x.size for x in jax.tree.leaves(params))

@@ -62,8 +62,9 @@ def reference_distribution(logits, temperature, truncation):
     p = np.exp(logits - logits.max())
     order = np.argsort(-p, kind="stable")
     kept = order[: truncation.top_k or None]
-    cumulative = np.cumsum(p[kept]) / p[kept].sum()
-    kept = kept[: np.searchsorted(cumulative, truncation.top_p) + 1]
+    if truncation.top_p < 1:
+        cumulative = np.cumsum(p[kept]) / p[kept].sum()
+        kept = kept[: np.searchsorted(cumulative, truncation.top_p) + 1]
     kept = kept[p[kept] >= truncation.min_p * p.max()]
     out = np.zeros_like(p)
     out[kept] = p[kept] / p[kept].sum()

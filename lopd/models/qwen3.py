@@ -280,6 +280,7 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
             return x.sharding
         return NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
 
+    params = jax.tree.map(jnp.asarray, params)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     layer = jax.tree.map(unstacked, params["layers"])
     shardings["layers"] = (layer,) * config.num_hidden_layers

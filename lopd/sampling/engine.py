@@ -82,7 +82,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Since the start, compilation included."""
+        """Since sampling started, compilation included."""
         return self.tokens / max(time.monotonic() - self.started, 1e-9)
 
     @property
@@ -174,6 +174,8 @@ class _Engine:
         self.capacity, self.decode_steps, self.mesh = capacity, decode_steps, mesh
         self.stats = stats
         stats.slots = slots
+        if not stats.tokens:
+            stats.started = time.monotonic()
         rows = group_rows(config, slots, mesh)
         with self.on_mesh():
             self.groups = [

@@ -84,6 +84,7 @@ def slots_that_fit(config: qwen3.Qwen3Config, capacity: int, mesh: Mesh) -> int:
     """
     left = _left_per_device(mesh)
     if jax.process_count() > 1:
-        left = int(np.min(multihost_utils.process_allgather(np.int64(left))))
+        # In MiB: without x64, jax arrays hold 32 bits.
+        left = int(np.min(multihost_utils.process_allgather(np.int32(left >> 20)))) << 20
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return slots_for(config, capacity, left, shards, mesh.shape["tensor"])
