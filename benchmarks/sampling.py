@@ -70,7 +70,7 @@ def decode_roofline(params, rows: int, filled: int, truncation: Truncation) -> N
     """One decode step of a full batch against what its arithmetic and its bytes cost at least."""
     c, steps = CONFIG, 8
     flops, bandwidth = limits()
-    state = decode.empty_state(c, rows, CAP + LONGEST_PROMPT)
+    state = decode.empty_state(c, rows, rows, CAP + LONGEST_PROMPT)
 
     def at(state):
         full = jnp.full(rows, filled, jnp.int32)

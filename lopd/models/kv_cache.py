@@ -66,15 +66,21 @@ class LayerCache:
     ) -> tuple[jax.Array, "LayerCache"]:
         """Stores each active row's new key and value and attends to all it holds: [B, H, N].
 
-        Of an idle row only the first chunk is read, and what comes out means nothing.
+        The queries may have more rows than the cache, on every device alike: those that the cache
+        has come first, the others are idle. What comes out of idle rows means nothing.
         """
 
         def step(q, k_new, v_new, positions, active, k, v):
-            rows = jnp.arange(len(q))
+            count, padding = len(k), len(q) - len(k)
+            q, k_new, v_new, positions, active = (
+                x[:count] for x in (q, k_new, v_new, positions, active)
+            )
+            rows = jnp.arange(count)
             at = jnp.where(active, positions, k.shape[2])
             k = k.at[rows, :, at].set(k_new.astype(k.dtype), mode="drop")
             v = v.at[rows, :, at].set(v_new.astype(v.dtype), mode="drop")
-            return attend_filled(q, k, v, jnp.where(active, positions + 1, 1)), k, v
+            out = attend_filled(q, k, v, jnp.where(active, positions + 1, 1))
+            return jnp.pad(out, ((0, padding), (0, 0), (0, 0))), k, v
 
         rows = PartitionSpec(ROWS)
         step = _per_device(

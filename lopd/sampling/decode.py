@@ -21,7 +21,11 @@ from lopd.sampling.draw import Drawn, Truncation, draw
 
 @flax.struct.dataclass
 class RowState:
-    """What the device knows of every row; all arrays lead with [rows]."""
+    """What the device knows of every row; all arrays but the cache lead with [rows].
+
+    The cache may have fewer rows. On each device its rows are then the first ones; the others stay
+    idle and are there to give the arithmetic its shape.
+    """
 
     cache: KVCache
     token: jax.Array  # int32, the last token, which the next step reads
@@ -65,13 +69,13 @@ def _in_place(state: RowState) -> RowState:
     return _constrain(state.replace(cache=None), PartitionSpec()).replace(cache=cache)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_state(config: qwen3.Qwen3Config, rows: int, capacity: int) -> RowState:
-    """All rows idle, with room for `capacity` tokens of prompt and response each."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(config: qwen3.Qwen3Config, rows: int, cache_rows: int, capacity: int) -> RowState:
+    """All rows idle, the cache's with room for `capacity` tokens of prompt and response each."""
     zeros = lambda dtype: jnp.zeros((rows,), dtype)  # noqa: E731
     return _in_place(
         RowState(
-            cache=empty_cache(config, rows, capacity),
+            cache=empty_cache(config, cache_rows, capacity),
             token=zeros(jnp.int32),
             position=zeros(jnp.int32),
             generated=zeros(jnp.int32),
@@ -104,8 +108,12 @@ def prefill(
         tokens = _constrain(tokens, PartitionSpec(ROWS))
         segment_ids = (jnp.arange(tokens.shape[1]) < length[:, None]).astype(jnp.int32)
         prefix = qwen3.prefill(config, params, tokens, segment_ids)
-        return cache.insert(prefix, part(prompts.row))
+        return cache.insert(prefix, part(cache_row))
 
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    per_device, cached = (len(x) // shards for x in (state.token, state.cache.layers[0].k))
+    cache_row = prompts.row // per_device * cached + prompts.row % per_device
     calls = (prompts.count + at_once - 1) // at_once
     cache = jax.lax.fori_loop(0, calls, read, state.cache)
     last = jnp.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, axis=1)[:, 0]

@@ -20,8 +20,9 @@ EXACT_ROWS = 64
 """Rows per device of every float32 program, whatever the number of slots.
 
 A matrix product's bits depend on how many rows it has, not on what is in the other rows. So float32
-decodes 64 rows at a time and a device, with idle ones among them if there are fewer slots and in
-turns if there are more. That is enough for 76 to 100 % of the arithmetic peak of a CPU.
+multiplies 64 rows at a time and a device: with idle ones among them, which take no memory, if there
+are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's arithmetic peak
+in a layer's products.
 """
 
 _PROMPTS_PER_CALL = 64
@@ -90,12 +91,12 @@ class Stats:
         """Share of the slots' decode steps that made a token, while prompts remained."""
         return self._used / max(self._offered, 1)
 
-    def count(self, tokens: int, steps: int, prompts_remain: bool) -> None:
-        """Adds one decode call."""
+    def count(self, tokens: int, offered: int, prompts_remain: bool) -> None:
+        """Adds one decode call, which could have made `offered` tokens."""
         self.tokens += tokens
         if prompts_remain:
             self._used += tokens
-            self._offered += steps * self.slots
+            self._offered += offered
 
 
 def _bucket(length: int) -> int:
@@ -130,14 +131,15 @@ class _Group:
     """Rows that are decoded by one call; only as many of them are in use as there are slots."""
 
     state: decode.RowState
-    slots: list[_Slot | None]
+    slots: dict[int, _Slot | None]
+    """By row; rows that are never used are not in it."""
 
     def free(self) -> list[int]:
-        return [i for i, slot in enumerate(self.slots) if slot is None]
+        return [row for row, slot in self.slots.items() if slot is None]
 
     def undispatched(self, max_response: int) -> bool:
         """Whether a further decode call could make a token, for all that is known here."""
-        return any(s is not None and s.dispatched < max_response for s in self.slots)
+        return any(s is not None and s.dispatched < max_response for s in self.slots.values())
 
 
 @dataclasses.dataclass
@@ -150,9 +152,14 @@ class _Call:
     results: tuple
 
 
+def _shards(mesh: Mesh | None) -> int:
+    """Into how many parts rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+
+
 def group_rows(config: qwen3.Qwen3Config, slots: int, mesh: Mesh | None) -> int:
     """Rows of one decode program: see `EXACT_ROWS` for float32, else one row per slot."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    shards = _shards(mesh)
     if config.compute_dtype == jnp.float32:
         return EXACT_ROWS * shards
     return -(-slots // shards) * shards
@@ -162,8 +169,7 @@ def prompts_at_once(bucket: int, mesh: Mesh | None) -> int:
     """Prompts per forward pass of a prefill: enough tokens to keep the arithmetic busy."""
     platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
     tokens = 64 if platform == "cpu" else 512
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-    return max(1, tokens // bucket) * shards
+    return max(1, tokens // bucket) * _shards(mesh)
 
 
 class _Engine:
@@ -176,21 +182,25 @@ class _Engine:
         stats.slots = slots
         if not stats.tokens:
             stats.started = time.monotonic()
-        rows = group_rows(config, slots, mesh)
-        with self.on_mesh():
-            self.groups = [
-                _Group(
-                    decode.empty_state(config, rows, capacity), [None] * min(rows, slots - first)
-                )
-                for first in range(0, slots, rows)
-            ]
-        self.rows = rows
+        self.rows = group_rows(config, slots, mesh)
+        self.groups = [
+            self._group(min(self.rows, slots - first)) for first in range(0, slots, self.rows)
+        ]
         self.arguments = (
             jnp.uint32(sampling.seed),
             jnp.float32(sampling.temperature),
             jnp.asarray(sampling.end_ids, jnp.int32),
             jnp.int32(sampling.max_response),
         )
+
+    def _group(self, slots: int) -> _Group:
+        """Idle rows, and which of them are slots: the same number on each device, or one more."""
+        shards = _shards(self.mesh)
+        cached, per_device = -(-slots // shards), self.rows // shards
+        with self.on_mesh():
+            state = decode.empty_state(self.config, self.rows, cached * shards, self.capacity)
+        usable = [row for row in range(self.rows) if row % per_device < cached]
+        return _Group(state, dict.fromkeys(usable[:slots]))
 
     def on_mesh(self):
         """The context to call `decode` in; none for one device."""
@@ -246,7 +256,7 @@ class _Engine:
                 group.state,
                 *self.arguments,
             )
-        slots = [(row, slot) for row, slot in enumerate(group.slots) if slot is not None]
+        slots = [(row, slot) for row, slot in group.slots.items() if slot is not None]
         for _, slot in slots:
             slot.dispatched += self.decode_steps
         return _Call(group, slots, prompts_remain, tuple(results))
@@ -255,7 +265,8 @@ class _Engine:
         """Waits for a call, frees the slots that finished in it and yields their responses."""
         output, active = jax.device_get(call.results)
         counts = output.valid.sum(axis=0)
-        self.stats.count(int(counts.sum()), self.decode_steps, call.prompts_remain)
+        offered = self.decode_steps * len(call.group.slots)
+        self.stats.count(int(counts.sum()), offered, call.prompts_remain)
         drawn = output.drawn
         for row, slot in call.slots:
             if slot.done:
