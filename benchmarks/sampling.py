@@ -1,14 +1,16 @@
 """Sampling on this machine: against its roofline, and against Transformers' `generate`.
 
-    python benchmarks/sampling.py
+    python benchmarks/sampling.py [--model=small-vocabulary]
 
-A 48 M-parameter Qwen3 (V = 32,768, D = 640, 5 layers, 8 query and 2 key/value heads of 128) in
-float32 with random weights. Every token has the same small chance of being an end token, so both
-sides draw response lengths from the same geometric distribution (mean 96, cap 512); what counts is
+Random Qwen3 models in float32: `small-vocabulary` has 48 M parameters, V = 32,768, D = 640, 5
+layers, 8 query and 2 key/value heads of 128; `qwen3-vocabulary` 47 M, V = 151,936, D = 256, 6
+layers. Every token has about the same small chance of being an end token, so both sides draw
+response lengths from the same geometric distribution (mean about 96, cap 512); what counts is
 response tokens per second, padding excluded. Needs torch and transformers.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import platform
@@ -30,7 +32,7 @@ from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampling, Stats, generate
 
-CONFIG = qwen3.Qwen3Config(
+_SMALL = qwen3.Qwen3Config(
     vocab_size=32_768,
     hidden_size=640,
     intermediate_size=1920,
@@ -39,9 +41,18 @@ CONFIG = qwen3.Qwen3Config(
     num_key_value_heads=2,
     head_dim=128,
 )
+MODELS = {
+    "small-vocabulary": _SMALL,
+    "qwen3-vocabulary": dataclasses.replace(
+        _SMALL, vocab_size=151_936, hidden_size=256, intermediate_size=768, num_hidden_layers=6
+    ),
+}
 MEAN_LENGTH, CAP, LONGEST_PROMPT = 96, 512, 64
-# The weights are random and small, so that all tokens are about equally likely.
-END_IDS = tuple(range(round(CONFIG.vocab_size / MEAN_LENGTH)))
+
+
+def end_ids(c: qwen3.Qwen3Config) -> tuple[int, ...]:
+    """One in MEAN_LENGTH tokens; all are about equally likely, as the random weights are small."""
+    return tuple(range(round(c.vocab_size / MEAN_LENGTH)))
 
 
 def best_seconds(function, *args, repeats: int = 5, calls: int = 3) -> float:
@@ -66,10 +77,9 @@ def limits() -> tuple[float, float]:
     return flops, bandwidth
 
 
-def decode_roofline(params, rows: int, filled: int, truncation: Truncation) -> None:
+def decode_roofline(c, params, rows: int, filled: int, truncation: Truncation) -> None:
     """One decode step of a full batch against what its arithmetic and its bytes cost at least."""
-    c, steps = CONFIG, 8
-    flops, bandwidth = limits()
+    steps, before = 8, limits()
     state = decode.empty_state(c, rows, rows, CAP + LONGEST_PROMPT)
 
     def at(state):
@@ -86,6 +96,7 @@ def decode_roofline(params, rows: int, filled: int, truncation: Truncation) -> N
         )
         jax.block_until_ready(active)
         seconds.append((time.perf_counter() - start) / steps)
+    flops, bandwidth = map(max, before, limits())
     weights = sum(x.size for x in jax.tree.leaves(params))
     positions = rows * (filled + steps / 2)
     heads = c.num_hidden_layers * c.head_dim * positions
@@ -101,19 +112,19 @@ def decode_roofline(params, rows: int, filled: int, truncation: Truncation) -> N
     )
 
 
-def prompts(count: int) -> list[np.ndarray]:
+def prompts(c: qwen3.Qwen3Config, count: int) -> list[np.ndarray]:
     """Random prompts of 16 to LONGEST_PROMPT tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(16, LONGEST_PROMPT + 1, count)
-    return [rng.integers(len(END_IDS), CONFIG.vocab_size, n).astype(np.int32) for n in lengths]
+    return [rng.integers(len(end_ids(c)), c.vocab_size, n).astype(np.int32) for n in lengths]
 
 
-def ours(params, count: int, slots: int, decode_steps: int, truncation: Truncation) -> float:
+def ours(c, params, count: int, slots: int, decode_steps: int, truncation: Truncation) -> float:
     """Response tokens per second while prompts remain."""
-    sampling = Sampling(0.8, CAP, 1, END_IDS, truncation)
+    sampling = Sampling(0.8, CAP, 1, end_ids(c), truncation)
     options = dict(slots=slots, capacity=CAP + LONGEST_PROMPT, decode_steps=decode_steps)
-    requests = [Request(i, 0, p) for i, p in enumerate(prompts(count))]
-    for _ in generate(CONFIG, params, requests[:4], sampling, **options):
+    requests = [Request(i, 0, p) for i, p in enumerate(prompts(c, count))]
+    for _ in generate(c, params, requests[:4], sampling, **options):
         pass  # compiles
     stats, fed = Stats(), [time.perf_counter(), 0]
 
@@ -123,7 +134,7 @@ def ours(params, count: int, slots: int, decode_steps: int, truncation: Truncati
 
     start = time.perf_counter()
     tokens = sum(
-        len(r.tokens) for r in generate(CONFIG, params, feed(), sampling, stats=stats, **options)
+        len(r.tokens) for r in generate(c, params, feed(), sampling, stats=stats, **options)
     )
     seconds = time.perf_counter() - start
     rate = fed[1] / (fed[0] - start)
@@ -136,7 +147,7 @@ def ours(params, count: int, slots: int, decode_steps: int, truncation: Truncati
     return rate
 
 
-def theirs(model, batch: int, batches: int, truncation: Truncation) -> float:
+def theirs(c, model, batch: int, batches: int, truncation: Truncation) -> float:
     """Response tokens per second of Transformers' generate on left-padded batches."""
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -144,11 +155,11 @@ def theirs(model, batch: int, batches: int, truncation: Truncation) -> float:
         top_k=truncation.top_k,
         top_p=truncation.top_p,
         max_new_tokens=CAP,
-        eos_token_id=list(END_IDS),
-        pad_token_id=CONFIG.vocab_size - 1,
+        eos_token_id=list(end_ids(c)),
+        pad_token_id=c.vocab_size - 1,
         use_cache=True,
     )
-    texts, tokens, steps, seconds = prompts(batch * batches), 0, 0, 0.0
+    texts, tokens, steps, seconds = prompts(c, batch * batches), 0, 0, 0.0
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         ids = torch.zeros(batch, max(map(len, part)), dtype=torch.long)
@@ -161,7 +172,7 @@ def theirs(model, batch: int, batches: int, truncation: Truncation) -> float:
         seconds += time.perf_counter() - begin
         made = out[:, ids.shape[1] :].numpy()
         steps += made.shape[1]
-        ends = np.isin(made, END_IDS)
+        ends = np.isin(made, end_ids(c))
         tokens += int(np.where(ends.any(1), ends.argmax(1) + 1, made.shape[1]).sum())
     print(
         f"transformers, batches of {batch}: {tokens / seconds:.0f} tokens/s ({batches} batches, "
@@ -174,6 +185,7 @@ def theirs(model, batch: int, batches: int, truncation: Truncation) -> float:
 def main() -> None:
     """Prints the machine, the work, the rates and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small-vocabulary")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--decode_steps", type=int, default=4)
     parser.add_argument("--responses", type=int, default=640)
@@ -181,27 +193,29 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--top_p", type=float, default=1.0)
     flags = parser.parse_args()
+    c = MODELS[flags.model]
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
-        stacked = qwen3.init_params(CONFIG, jax.random.key(0))
+        stacked = qwen3.init_params(c, jax.random.key(0))
         checkpoint = pathlib.Path(folder) / "model"
         checkpoint.mkdir()
-        hf.save_checkpoint(checkpoint, CONFIG, stacked, end_id=0)
+        hf.save_checkpoint(checkpoint, c, stacked, end_id=0)
         reference = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()
-        params = qwen3.inference_params(CONFIG, stacked)
+        params = qwen3.inference_params(c, stacked)
         size = sum(x.size for x in jax.tree.leaves(params))
         print(f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {size / 1e6:.1f}M")
         print(
             f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
         )
         truncation = Truncation(top_p=flags.top_p)
-        decode_roofline(params, flags.slots, 128, truncation)
-        rate = ours(params, flags.responses, flags.slots, flags.decode_steps, truncation)
+        for filled in (100, 200):
+            decode_roofline(c, params, flags.slots, filled, truncation)
+        rate = ours(c, params, flags.responses, flags.slots, flags.decode_steps, truncation)
         if flags.batches:
             with torch.no_grad():
-                other = theirs(reference, flags.batch, flags.batches, truncation)
+                other = theirs(c, reference, flags.batch, flags.batches, truncation)
             print(f"lopd / transformers: {rate / other:.1f}")
 
 

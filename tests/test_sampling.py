@@ -1,6 +1,7 @@
 """Sampling: greedy equals Transformers, sampled tokens follow the softmax, slots do not matter."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from lopd import parallel
 from lopd.errors import UserError
 from lopd.models import hf, presets, qwen3
 from lopd.models.decode_attention import CHUNK
-from lopd.sampling import memory
+from lopd.sampling import placement
 from lopd.sampling.draw import Truncation, draw, truncate
 from lopd.sampling.engine import Request, Sampling, Stats, generate
 from lopd.scoring import score_responses
@@ -182,20 +183,26 @@ def test_responses_are_the_same_whatever_the_slots_order_or_neighbours():
 
 
 def test_a_mesh_gives_the_same_responses():
-    """Rows over data bit for bit; heads over tensor and weights over fsdp the same tokens."""
+    """Rows over data bit for bit; with heads over tensor the same tokens."""
     config = dataclasses.replace(TIED, vocab_size=40)
     params = random_params(config, 0)
     requests = ragged_requests(config, 20)
     sampling = Sampling(1.0, 24, 3, (END,))
     expected = run(config, params, requests, sampling)
-    for sizes, exact in ((dict(data=2), True), (dict(fsdp=2, tensor=2), False)):
-        sizes = dict(data=1, fsdp=1, tensor=1) | sizes
-        mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-        spread = jax.device_put(params, parallel.param_shardings(config, mesh))
-        found = run(config, spread, requests, sampling, slots=20, mesh=mesh)
+    for sizes, exact in (((2, 1, 1), True), ((1, 2, 2), False)):
+        trained_on = parallel.make_mesh(
+            dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
+        )
+        mesh = placement.sampling_mesh(config, trained_on)
+        assert tuple(mesh.shape.values()) == ((2, 1, 1) if exact else (2, 1, 2))
+        shardings = parallel.param_shardings(config, mesh)
+        spread = jax.device_put(params, parallel.param_shardings(config, trained_on))
+        spread = qwen3.inference_params(config, spread, shardings)
+        options = dict(slots=20, capacity=64, decode_steps=5, mesh=mesh)
+        found = list(generate(config, spread, requests, sampling, **options))
         if exact:
             assert_same_responses(found, expected)
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(sorted(found, key=lambda r: r.index), expected, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
@@ -219,12 +226,12 @@ def test_slots_are_chosen_from_the_memory_that_is_left(one_device_mesh):
     config = presets.PRESETS["Qwen3-8B"]
     capacity = 5120
     per_slot = capacity * 144 * 1024 + 16 * config.vocab_size
-    assert memory.slots_for(config, capacity, 60 * per_slot, shards=1, tensor=1) == 56
-    assert memory.slots_for(config, capacity, 5 * per_slot, shards=4, tensor=1) == 20
-    assert memory.slots_for(config, capacity, 10**15, shards=1, tensor=8) == 256
+    assert placement.slots_for(config, capacity, 60 * per_slot, shards=1, tensor=1) == 56
+    assert placement.slots_for(config, capacity, 5 * per_slot, shards=4, tensor=1) == 20
+    assert placement.slots_for(config, capacity, 10**15, shards=1, tensor=8) == 256
     with pytest.raises(UserError, match="response of up to 5120 positions"):
-        memory.slots_for(config, capacity, per_slot - 1, shards=1, tensor=1)
-    assert memory.slots_that_fit(TIED, 64, one_device_mesh) == 256
+        placement.slots_for(config, capacity, per_slot - 1, shards=1, tensor=1)
+    assert placement.slots_that_fit(TIED, 64, one_device_mesh) == 256
 
 
 def test_samples_of_a_prompt_differ_and_follow_the_seed(config, params):

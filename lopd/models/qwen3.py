@@ -262,12 +262,19 @@ def output_head(params: Params) -> jax.Array:
     return params.get("lm_head", params["embed"])
 
 
-def inference_params(config: Qwen3Config, params: Params) -> Params:
+def inference_params(
+    config: Qwen3Config, params: Params, shardings: Params | None = None
+) -> Params:
     """Parameters for repeated decoding: compute type, one dict per layer instead of a stack.
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
-    scan over stacked layers cannot (it would copy the whole cache every token). Each lies on the
-    mesh as the stack does.
+    scan over stacked layers cannot (it would copy the whole cache every token).
+
+    Args:
+      config: the model's shape.
+      params: stacked parameters.
+      shardings: where the results are to lie, as a tree like `params`; by default where jit puts
+        them.
     """
 
     def convert(params):
@@ -275,15 +282,10 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
         layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])  # noqa: E731
         return {**params, "layers": tuple(layer(i) for i in range(config.num_hidden_layers))}
 
-    def unstacked(x):
-        if not isinstance(x.sharding, NamedSharding):
-            return x.sharding
-        return NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
-
-    params = jax.tree.map(jnp.asarray, params)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    layer = jax.tree.map(unstacked, params["layers"])
-    shardings["layers"] = (layer,) * config.num_hidden_layers
+    if shardings:
+        unstacked = lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))  # noqa: E731
+        layer = jax.tree.map(unstacked, shardings["layers"])
+        shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
     return jax.jit(convert, out_shardings=shardings)(params)
 
 

@@ -20,7 +20,7 @@ from lopd.parallel import check_divisible, param_shardings
 from lopd.progress import bar
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Response, Sampler, Sampling
-from lopd.sampling.memory import slots_that_fit
+from lopd.sampling.placement import sampling_mesh, slots_that_fit
 from lopd.tasks import Problem
 from lopd.training import checkpoints
 from lopd.training.loop import train
@@ -137,16 +137,17 @@ def sampler(
         end_ids=ctx.tokenizer.end_ids,
         truncation=Truncation(section.top_k, section.top_p, section.min_p),
     )
-    decode_params = qwen3.inference_params(model, params)
+    mesh = sampling_mesh(model, ctx.mesh)
+    decode_params = qwen3.inference_params(model, params, param_shardings(model, mesh))
     capacity = ctx.config.prompt_length + section.response_length
     return Sampler(
         model,
         decode_params,
         sampling,
-        slots=runtime.slots or slots_that_fit(model, capacity, ctx.mesh),
+        slots=runtime.slots or slots_that_fit(model, capacity, mesh),
         capacity=capacity,
         decode_steps=runtime.decode_steps,
-        mesh=ctx.mesh,
+        mesh=mesh,
     )
 
 

@@ -1,12 +1,13 @@
-"""How many slots fit: arithmetic on the memory that is left once the weights are in place."""
+"""Where weights and slots lie while sampling, and how many slots fit beside the weights."""
 
+import math
 import os
 import pathlib
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from lopd.errors import UserError
 from lopd.models import qwen3
@@ -21,6 +22,22 @@ _SHARE_OF_ACCELERATOR = 0.9
 
 _LOGIT_ARRAYS = 4
 """Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
+
+
+def sampling_mesh(config: qwen3.Qwen3Config, mesh: Mesh) -> Mesh:
+    """The same devices with as much of fsdp as possible turned into tensor, and the rest into data.
+
+    A decode step does little work per weight, so weights should stay where they are: split over
+    fsdp, all of them would be gathered for every token. Every device then holds 1 / tensor of the
+    weights. What limits tensor are key/value heads, of which each device needs whole ones.
+    """
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    tensor = math.gcd(
+        mesh.shape["fsdp"] * mesh.shape["tensor"],
+        *(config.num_key_value_heads, config.vocab_size, width),
+    )
+    devices = mesh.devices.reshape(-1, 1, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def _available_host_memory() -> int:
