@@ -29,13 +29,15 @@ def _platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def _rows_per_block(k_BKCN: jax.Array, chunk: int) -> int:
-    """How many rows are read together: all on accelerators, as many as the cache holds on CPU."""
-    B, K, _, N = k_BKCN.shape
+def block_rows(kv_heads: int, capacity: int, head_dim: int, itemsize: int) -> int | None:
+    """How many rows are read together; None: all, as on accelerators.
+
+    A row's bits depend on it, so whoever wants them always alike keeps whole blocks of rows.
+    """
     if _platform() != "cpu":
-        return B
-    row = K * chunk * N * k_BKCN.dtype.itemsize
-    return math.gcd(B, 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1))
+        return None
+    row = kv_heads * min(CHUNK, capacity) * head_dim * itemsize
+    return min(64, 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1))
 
 
 def attend_filled(
@@ -53,7 +55,7 @@ def attend_filled(
     K, C = k_BKCN.shape[1:3]
     q_BKGN = q_BHN.reshape(B, K, H // K, N)
     chunk = min(CHUNK, C)
-    rows = _rows_per_block(k_BKCN, chunk)
+    rows = math.gcd(B, block_rows(K, C, N, k_BKCN.dtype.itemsize) or B)
     if rows == B:
         out = _attend_block(q_BKGN, k_BKCN, v_BKCN, lengths_B, 0, chunk)
     else:

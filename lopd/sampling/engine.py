@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lopd.models import qwen3
+from lopd.models.decode_attention import block_rows
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
 
@@ -20,8 +21,8 @@ EXACT_ROWS = 64
 """Rows per device of every float32 program, whatever the number of slots.
 
 A matrix product's bits depend on how many rows it has, not on what is in the other rows. So float32
-multiplies 64 rows at a time and a device: with idle ones among them, which take no memory, if there
-are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's arithmetic peak
+multiplies 64 rows at a time and a device: with idle ones among them, most of which take no memory,
+if there are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's arithmetic peak
 in a layer's products.
 """
 
@@ -194,12 +195,17 @@ class _Engine:
         )
 
     def _group(self, slots: int) -> _Group:
-        """Idle rows, and which of them are slots: the same number on each device, or one more."""
-        shards = _shards(self.mesh)
-        cached, per_device = -(-slots // shards), self.rows // shards
+        """Idle rows, and which of them are slots: the same number on each device, or one less."""
+        c, shards = self.config, _shards(self.mesh)
+        used, per_device = -(-slots // shards), self.rows // shards
         with self.on_mesh():
-            state = decode.empty_state(self.config, self.rows, cached * shards, self.capacity)
-        usable = [row for row in range(self.rows) if row % per_device < cached]
+            cached = used
+            if c.compute_dtype == jnp.float32:  # attention's bits depend on its blocks
+                shape = c.num_key_value_heads, self.capacity, c.head_dim, 4
+                block = block_rows(*shape) or per_device
+                cached = min(per_device, -(-used // block) * block)
+            state = decode.empty_state(c, self.rows, cached * shards, self.capacity)
+        usable = [row for row in range(self.rows) if row % per_device < used]
         return _Group(state, dict.fromkeys(usable[:slots]))
 
     def on_mesh(self):
