@@ -22,8 +22,8 @@ EXACT_ROWS = 64
 
 A matrix product's bits depend on how many rows it has, not on what is in the other rows. So float32
 multiplies 64 rows at a time and a device: with idle ones among them, most of which take no memory,
-if there are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's arithmetic peak
-in a layer's products.
+if there are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's
+arithmetic peak in a layer's products.
 """
 
 _PROMPTS_PER_CALL = 64
