@@ -164,12 +164,12 @@ def test_responses_are_the_same_whatever_the_slots_order_or_neighbours():
     config, params = wide_model()
     rng = np.random.default_rng(0)
     requests = [
-        Request(i, i % 3, rng.integers(3, 300, n)) for i, n in enumerate(rng.integers(1, 60, 40))
+        Request(i, i % 3, rng.integers(3, 300, n)) for i, n in enumerate(rng.integers(1, 17, 40))
     ]
     sampling = Sampling(1.0, 140, 3, tuple(range(6)), Truncation(top_p=0.95))
     settings = dict(slots=32, capacity=256, decode_steps=8)
     expected = run(config, params, requests, sampling, **settings)
-    assert max(len(r.tokens) for r in expected) + 60 > CHUNK  # rows of one chunk and of two
+    assert max(len(r.tokens) for r in expected) > CHUNK  # rows of one chunk and of two
     for changes in (dict(slots=7, decode_steps=8), dict(slots=100, decode_steps=5)):
         found = run(config, params, requests, sampling, **settings | changes)
         assert len(found) == len(requests)
