@@ -87,7 +87,5 @@ def get_config():
         )
     )
     config.eval.update(prompts=1000, temperature=0.6, top_p=1.0, response_length=response_length)
-    config.runtime.update(
-        rows_per_micro=8, slots=256, decode_steps=8, prefill_batch=128, records_per_shard=4000
-    )
+    config.runtime.update(rows_per_micro=8, slots=256, decode_steps=8, records_per_shard=4000)
     return config

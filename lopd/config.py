@@ -57,7 +57,10 @@ def sampling_section(**changes) -> ml_collections.ConfigDict:
             "prompts": config_dict.placeholder(int),  # how many; "math" takes 0 as all
             "samples": 1,  # responses per prompt
             "temperature": 0.7,
+            # What may be drawn; see lopd.sampling.draw.Truncation. 0, 1 and 0 allow all tokens.
+            "top_k": 0,
             "top_p": 1.0,
+            "min_p": 0.0,
             "response_length": 4096,  # cap on a response, in tokens
         }
     )
@@ -144,9 +147,8 @@ def base_config() -> ml_collections.ConfigDict:
             },
             "runtime": {
                 "rows_per_micro": 8,  # packed rows per forward and backward pass
-                "slots": 128,  # responses decoded at a time
+                "slots": 128,  # responses decoded at a time; 0: as many as fit in memory
                 "decode_steps": 8,  # tokens decoded between looks at what has finished
-                "prefill_batch": 64,  # prompts read per call
                 "records_per_shard": 512,  # a kill loses the shards that are filling
                 "checkpoint_every": 100,  # steps
                 "keep_checkpoints": 2,  # the newest so many
@@ -227,7 +229,9 @@ def _check_sampling(name: str, section: ml_collections.ConfigDict) -> None:
     _require(
         section.temperature >= 0, f"{name}.temperature={section.temperature} must not be negative"
     )
+    _require(section.top_k >= 0, f"{name}.top_k={section.top_k} must not be negative")
     _require(0 < section.top_p <= 1, f"{name}.top_p={section.top_p} must lie in (0, 1]")
+    _require(0 <= section.min_p <= 1, f"{name}.min_p={section.min_p} must lie in [0, 1]")
 
 
 def _check_heldout(config: ml_collections.ConfigDict) -> None:
@@ -306,12 +310,11 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         f"eval.split={config.eval.split!r} must be 'dev' or 'test'",
     )
     for key, value in config.runtime.items():
-        if key not in ("keep_every", "profile_steps"):
+        if key not in ("slots", "keep_every", "profile_steps"):
             _require(value > 0, f"runtime.{key}={value} must be positive")
-    _require(
-        config.runtime.keep_every >= 0,
-        f"runtime.keep_every={config.runtime.keep_every} must not be negative",
-    )
+    for key in ("slots", "keep_every"):
+        value = config.runtime[key]
+        _require(value >= 0, f"runtime.{key}={value} must not be negative")
     first, last = config.runtime.profile_steps
     _require(
         0 <= first <= last,

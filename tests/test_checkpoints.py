@@ -34,7 +34,6 @@ SETTINGS = {
     "eval.samples": 2,
     "eval.response_length": 8,
     "runtime.slots": 4,
-    "runtime.prefill_batch": 4,
     "runtime.rows_per_micro": 2,
 }
 

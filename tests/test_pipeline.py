@@ -34,7 +34,6 @@ SMALL = {
     "eval.prompts": 16,
     "runtime.checkpoint_every": 2,
     "runtime.slots": 16,
-    "runtime.prefill_batch": 16,
     "runtime.records_per_shard": 16,
 }
 BATCHES = {f"{stage}.batch_size": 16 for stage in ("teacher", "sft", "opd", "control")}

@@ -1,24 +1,32 @@
 """Sampling: greedy equals Transformers, sampled tokens follow the softmax, slots do not matter."""
 
 import dataclasses
+import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
-from conftest import random_params, random_records
+from conftest import TIED, random_params, random_records
 from test_scoring import bigram_model
 
-from lopd.models import hf, qwen3
-from lopd.sampling.decode import keep_top_p
-from lopd.sampling.engine import Request, Sampling, generate
+from lopd import parallel
+from lopd.errors import UserError
+from lopd.models import hf, presets, qwen3
+from lopd.models.decode_attention import CHUNK
+from lopd.sampling import placement
+from lopd.sampling.draw import Truncation, draw, truncate
+from lopd.sampling.engine import Request, Sampling, Stats, generate
 from lopd.scoring import score_responses
 
 END = 1
 
 
 def run(config, params, requests, sampling, slots=8, **changes):
-    options = dict(slots=slots, capacity=64, decode_steps=5, prefill_batch=3) | changes
+    options = dict(slots=slots, capacity=64, decode_steps=5) | changes
     decode_params = qwen3.inference_params(config, params)
     responses = list(generate(config, decode_params, requests, sampling, **options))
     return sorted(responses, key=lambda r: r.index)
@@ -49,79 +57,181 @@ def test_greedy_equals_transformers_generate(config, params, tmp_path):
         assert response.finished == (expected[-1] == END)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_tokens_follow_the_softmax(temperature):
-    """20,000 first tokens after one prompt against the known distribution (chi-square)."""
+def reference_distribution(logits, temperature, truncation):
+    """What may be drawn and with which probability, in float64, by sorting."""
+    logits = np.asarray(logits, np.float64) / temperature
+    p = np.exp(logits - logits.max())
+    order = np.argsort(-p, kind="stable")
+    kept = order[: truncation.top_k or None]
+    if truncation.top_p < 1:
+        cumulative = np.cumsum(p[kept]) / p[kept].sum()
+        kept = kept[: np.searchsorted(cumulative, truncation.top_p) + 1]
+    kept = kept[p[kept] >= truncation.min_p * p.max()]
+    out = np.zeros_like(p)
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+def assert_drawn_from(tokens, expected):
+    """Chi-square over cells that expect at least 5; nothing outside the support. p > 1e-4."""
+    observed = np.bincount(tokens, minlength=len(expected))
+    assert observed[expected == 0].sum() == 0
+    expected = expected * len(tokens)
+    common = expected >= 5
+    observed = np.append(observed[common], observed[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum())
+    cells = expected > 0
+    assert scipy.stats.chisquare(observed[cells], expected[cells]).pvalue > 1e-4
+
+
+WAYS = {
+    "plain": (1.0, Truncation()),
+    "tempered": (0.6, Truncation()),
+    "top_k": (1.3, Truncation(top_k=5)),
+    "top_p": (1.0, Truncation(top_p=0.6)),
+    "min_p": (0.8, Truncation(min_p=0.1)),
+    "all": (0.7, Truncation(top_k=12, top_p=0.9, min_p=0.05)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sampled_tokens_follow_the_exact_distribution(way):
+    """20,000 first tokens after one prompt, from the whole engine, against float64."""
+    temperature, truncation = WAYS[way]
     config, params, table = bigram_model()
     count, token = 20_000, 7
     requests = [Request(i, 0, [token]) for i in range(count)]
-    sampling = Sampling(temperature, 1, 5, (END,))
-    responses = run(config, params, requests, sampling, slots=500, prefill_batch=500)
-    observed = np.bincount([r.tokens[0] for r in responses], minlength=config.vocab_size)
-    logits = table[token] / temperature
-    expected = np.exp(logits - np.log(np.exp(logits).sum())) * count
-    common = expected >= 5
-    cells_o = np.append(observed[common], observed[~common].sum())
-    cells_e = np.append(expected[common], expected[~common].sum())
-    statistic = ((cells_o - cells_e) ** 2 / np.maximum(cells_e, 1e-9)).sum()
-    freedom = len(cells_e) - 1
-    # The 99.99 % point of chi-square, by the Wilson–Hilferty approximation.
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * np.sqrt(2 / (9 * freedom))) ** 3
-    assert statistic < limit
-    for r in responses[:50]:
-        np.testing.assert_allclose(r.logprobs[0], table[token, r.tokens[0]], atol=1e-5)
-        behaviour = logits[r.tokens[0]] - np.log(np.exp(logits).sum())
-        np.testing.assert_allclose(r.behaviour_logprobs[0], behaviour, atol=1e-5)
+    sampling = Sampling(temperature, 1, 5, (END,), truncation)
+    responses = run(config, params, requests, sampling, slots=512, capacity=8, decode_steps=1)
+    assert len(responses) == count
+    expected = reference_distribution(table[token], temperature, truncation)
+    assert_drawn_from([r.tokens[0] for r in responses], expected)
+    for r in responses[:200]:
+        drawn = r.tokens[0]
+        np.testing.assert_allclose(r.logprobs[0], table[token, drawn], atol=1e-4)
+        np.testing.assert_allclose(r.behaviour_logprobs[0], np.log(expected[drawn]), atol=1e-4)
 
 
-@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])
-def test_nucleus_holds_the_fewest_tokens_that_reach_top_p(top_p):
-    logits = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32) * 3
-    kept = np.isfinite(keep_top_p(logits, top_p))
-    probabilities = np.exp(logits.astype(np.float64))
-    probabilities /= probabilities.sum(-1, keepdims=True)
-    for p, keep in zip(probabilities, kept, strict=True):
-        assert p[keep].sum() >= top_p - 1e-6
-        assert p[keep].sum() - p[keep].min() < top_p
-        assert keep.all() or p[~keep].max() < p[keep].min()
+@pytest.mark.parametrize("way", WAYS)
+def test_drawing_from_a_large_vocabulary(way):
+    """More tokens than a block of the two-step draw holds; 20,000 rows at once."""
+    temperature, truncation = WAYS[way]
+    if truncation.top_k:
+        truncation = dataclasses.replace(truncation, top_k=200)
+    logits = np.random.default_rng(3).normal(size=700).astype(np.float32) * 2
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (len(keys), len(logits)))
+    drawn = jax.jit(draw, static_argnums=3)(rows, keys, temperature, truncation)
+    assert_drawn_from(drawn.token, reference_distribution(logits, temperature, truncation))
 
 
-def test_top_p_samples_the_renormalised_nucleus():
-    config, params, table = bigram_model()
-    count, token, top_p = 5000, 7, 0.6
-    requests = [Request(i, 0, [token]) for i in range(count)]
-    sampling = Sampling(1.0, 1, 5, (END,), top_p)
-    responses = run(config, params, requests, sampling, slots=500, prefill_batch=500)
-    probabilities = np.exp(table[token])
-    order = np.argsort(-probabilities)
-    size = np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1
-    nucleus = order[:size]
-    observed = np.bincount([r.tokens[0] for r in responses], minlength=config.vocab_size)
-    assert observed[nucleus].sum() == count
-    expected = probabilities[nucleus] / probabilities[nucleus].sum()
-    sigma = np.sqrt(expected * (1 - expected) / count)
-    assert (np.abs(observed[nucleus] / count - expected) < 4 * sigma).all()
-    for r in responses[:20]:
-        share = probabilities[r.tokens[0]] / probabilities[nucleus].sum()
-        np.testing.assert_allclose(r.behaviour_logprobs[0], np.log(share), atol=1e-5)
-        np.testing.assert_allclose(r.logprobs[0], table[token, r.tokens[0]], atol=1e-5)
+@pytest.mark.parametrize("way", ["top_k", "top_p", "min_p", "all"])
+def test_truncation_keeps_exactly_the_right_tokens(way):
+    """Per row, with logits so far apart that float32 underflows, and in rows of equal logits."""
+    temperature, truncation = WAYS[way]
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(60, 300)) * rng.uniform(0.1, 60, (60, 1))).astype(np.float32)
+    scaled = logits / np.float32(temperature)
+    kept = truncate(jnp.exp(scaled - scaled.max(-1, keepdims=True)), truncation) > 0
+    for row, keep in zip(logits, kept, strict=True):
+        np.testing.assert_array_equal(
+            keep, reference_distribution(row, temperature, truncation) > 0
+        )
+    assert (truncate(jnp.ones((1, 300)), truncation) > 0).all()  # ties stay
 
 
-def test_response_does_not_depend_on_slots_or_neighbours(config, params):
-    """Bit for bit for permuted requests on the same slots; the same tokens for other counts."""
+def wide_model():
+    """Wide enough for XLA to multiply 1, 7, 32 and 64 rows with different rounding."""
+    config = dataclasses.replace(
+        TIED, vocab_size=300, hidden_size=512, intermediate_size=768, num_hidden_layers=2
+    )
+    config = dataclasses.replace(config, initializer_range=0.05)
+    return config, random_params(config, 3)
+
+
+def assert_same_responses(found, expected):
+    """Every field bit for bit, matched by request."""
+    key = lambda r: (r.request.prompt_id, r.request.sample_id)  # noqa: E731
+    expected = {key(r): r for r in expected}
+    for response in found:
+        other = expected[key(response)]
+        for field in ("tokens", "logprobs", "behaviour_logprobs", "finished"):
+            np.testing.assert_array_equal(getattr(response, field), getattr(other, field))
+
+
+def test_responses_are_the_same_whatever_the_slots_order_or_neighbours():
+    """Float32, bit for bit: 1, 7, 32 and 100 slots, other orders, steps and subsets."""
+    config, params = wide_model()
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(i, i % 3, rng.integers(3, 300, n)) for i, n in enumerate(rng.integers(1, 17, 40))
+    ]
+    sampling = Sampling(1.0, 140, 3, tuple(range(6)), Truncation(top_p=0.95))
+    settings = dict(slots=32, capacity=256, decode_steps=8)
+    expected = run(config, params, requests, sampling, **settings)
+    assert max(len(r.tokens) for r in expected) > CHUNK  # rows of one chunk and of two
+    for changes in (dict(slots=7, decode_steps=8), dict(slots=100, decode_steps=5)):
+        found = run(config, params, requests, sampling, **settings | changes)
+        assert len(found) == len(requests)
+        assert_same_responses(found, expected)
+    shuffled = [requests[i] for i in rng.permutation(len(requests))]
+    assert_same_responses(run(config, params, shuffled, sampling, **settings), expected)
+    alone = run(config, params, requests[:5], sampling, **settings | dict(slots=1))
+    assert_same_responses(alone, expected)
+    resumed = run(config, params, requests[23:], sampling, **settings)
+    assert_same_responses(resumed, expected)
+
+
+def test_a_mesh_gives_the_same_responses():
+    """Rows over data bit for bit; with heads over tensor the same tokens."""
+    config = dataclasses.replace(TIED, vocab_size=40)
+    params = random_params(config, 0)
     requests = ragged_requests(config, 20)
     sampling = Sampling(1.0, 24, 3, (END,))
     expected = run(config, params, requests, sampling)
-    order = np.random.default_rng(1).permutation(len(requests))
-    permuted = run(config, params, [requests[i] for i in order], sampling)
-    for place, i in enumerate(order):
-        np.testing.assert_array_equal(permuted[place].tokens, expected[i].tokens)
-        np.testing.assert_array_equal(permuted[place].logprobs, expected[i].logprobs)
-    for slots, steps in ((1, 7), (20, 1)):
-        other = run(config, params, requests, sampling, slots=slots, decode_steps=steps)
-        for a, b in zip(expected, other, strict=True):
+    for sizes, exact in (((2, 1, 1), True), ((1, 2, 2), False)):
+        trained_on = parallel.make_mesh(
+            dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
+        )
+        mesh = placement.sampling_mesh(config, trained_on)
+        assert tuple(mesh.shape.values()) == ((2, 1, 1) if exact else (2, 1, 2))
+        shardings = parallel.param_shardings(config, mesh)
+        spread = jax.device_put(params, parallel.param_shardings(config, trained_on))
+        spread = qwen3.inference_params(config, spread, shardings)
+        options = dict(slots=20, capacity=64, decode_steps=5, mesh=mesh)
+        found = list(generate(config, spread, requests, sampling, **options))
+        if exact:
+            assert_same_responses(found, expected)
+        for a, b in zip(sorted(found, key=lambda r: r.index), expected, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_finished_slots_are_refilled_and_counted():
+    """Responses of 1 to 40 tokens on 64 slots: nine in ten slots are at work while prompts last."""
+    config, params, _ = bigram_model()
+    requests = [Request(i, 0, [7]) for i in range(1500)]
+    stats = Stats()
+    sampling = Sampling(1.0, 40, 5, (END, 2))
+    options = dict(slots=128, capacity=48, decode_steps=1, stats=stats)
+    responses = run(config, params, requests, sampling, **options)
+    assert stats.responses == len(requests) == len(responses)
+    assert stats.tokens == sum(len(r.tokens) for r in responses)
+    assert 0.9 < stats.occupancy <= 1
+    assert stats.tokens_per_second > 0
+
+
+def test_slots_are_chosen_from_the_memory_that_is_left(one_device_mesh):
+    """Qwen3-8B in bfloat16: 144 KiB of keys and values per position (36 layers, 8 heads of 128)."""
+    config = presets.PRESETS["Qwen3-8B"]
+    capacity = 5120
+    per_slot = capacity * 144 * 1024 + 16 * config.vocab_size
+    assert placement.slots_for(config, capacity, 60 * per_slot, shards=1, tensor=1) == 56
+    assert placement.slots_for(config, capacity, 5 * per_slot, shards=4, tensor=1) == 20
+    assert placement.slots_for(config, capacity, 10**15, shards=1, tensor=8) == 256
+    with pytest.raises(UserError, match="response of up to 5120 positions"):
+        placement.slots_for(config, capacity, per_slot - 1, shards=1, tensor=1)
+    assert placement.slots_that_fit(TIED, 64, one_device_mesh) == 256
 
 
 def test_samples_of_a_prompt_differ_and_follow_the_seed(config, params):
@@ -134,6 +244,25 @@ def test_samples_of_a_prompt_differ_and_follow_the_seed(config, params):
     assert len(texts) > 1
     assert texts == {tuple(r.tokens) for r in again}
     assert texts != {tuple(r.tokens) for r in other}
+
+
+def test_logprobs_equal_transformers_in_float64(config, params, tmp_path):
+    """Both kinds, of every token of whole responses, to 1e-4."""
+    hf.save_checkpoint(tmp_path, config, params, end_id=END)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    truncation = Truncation(top_k=20, top_p=0.9, min_p=0.01)
+    sampling = Sampling(0.7, 30, 1, (END,), truncation)
+    for response in run(config, params, ragged_requests(config, 8), sampling):
+        start = len(response.request.prompt_tokens)
+        ids = np.concatenate([response.request.prompt_tokens, response.tokens])
+        with torch.no_grad():
+            logits = reference(torch.tensor(ids)[None].long()).logits[0, start - 1 : -1].numpy()
+        for i, token in enumerate(response.tokens):
+            plain = reference_distribution(logits[i], 1.0, Truncation())
+            drawn_from = reference_distribution(logits[i], 0.7, truncation)
+            np.testing.assert_allclose(response.logprobs[i], np.log(plain[token]), atol=1e-4)
+            behaviour = np.log(drawn_from[token])
+            np.testing.assert_allclose(response.behaviour_logprobs[i], behaviour, atol=1e-4)
 
 
 def test_logprobs_equal_the_training_forward(config, params, one_device_mesh):

@@ -1,32 +1,95 @@
-"""The key/value cache: an argument and a result of the forward pass, never hidden state."""
+"""The key/value cache: an argument and a result of the forward pass, never hidden state.
+
+Traced for a mesh, rows lie over data and fsdp and key/value heads over tensor; every device writes
+and reads its own rows and heads, and nothing is communicated.
+
+Shape letters: B rows, C capacity, K key/value heads, H query heads, N head dim, R prompts, T their
+length.
+"""
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lopd.models.decode_attention import CHUNK, attend_filled
+
+ROWS = ("data", "fsdp")
+CACHE_SPEC = PartitionSpec(ROWS, "tensor")
+"""Where the [B, K, C, N] arrays of a layer lie."""
+
+
+def _per_device(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` on each device's own part, or on the whole where no mesh is traced for."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _own_rows(rows: jax.Array, count: int) -> jax.Array:
+    """Global row numbers as this device's; `count` stands for rows of other devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        first = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
+        rows = rows - first * count
+    return jnp.where((rows >= 0) & (rows < count), rows, count)
 
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's keys and values, each [B, capacity, K, N]."""
+    """One layer's keys and values, each [B, K, C, N]."""
 
     k: jax.Array
     v: jax.Array
 
-    def write(self, k_BTKN: jax.Array, v_BTKN: jax.Array, positions_BT: jax.Array) -> "LayerCache":
-        """Stores new keys and values at their positions; positions >= capacity are dropped."""
-        rows = jnp.arange(positions_BT.shape[0])[:, None]
-        return LayerCache(
-            self.k.at[rows, positions_BT].set(k_BTKN.astype(self.k.dtype), mode="drop"),
-            self.v.at[rows, positions_BT].set(v_BTKN.astype(self.v.dtype), mode="drop"),
-        )
+    def insert(self, k_RTKN: jax.Array, v_RTKN: jax.Array, rows: jax.Array) -> "LayerCache":
+        """Puts prompts' keys and values at the start of the given rows; rows >= B are dropped."""
 
-    def insert(self, other: "LayerCache", rows: jax.Array) -> "LayerCache":
-        """Copies `other`'s rows to the given rows' first positions; rows >= B are dropped."""
-        length = other.k.shape[1]
-        return LayerCache(
-            self.k.at[rows, :length].set(other.k, mode="drop"),
-            self.v.at[rows, :length].set(other.v, mode="drop"),
+        def put(cache, new, rows):
+            new = new.swapaxes(1, 2).astype(cache.dtype)
+            rows = _own_rows(rows, len(cache))
+            return cache.at[rows, :, : new.shape[2]].set(new, mode="drop")
+
+        new = PartitionSpec(None, None, "tensor")
+        put = _per_device(put, (CACHE_SPEC, new, PartitionSpec()), CACHE_SPEC)
+        return LayerCache(put(self.k, k_RTKN, rows), put(self.v, v_RTKN, rows))
+
+    def extend(
+        self,
+        q_BHN: jax.Array,
+        k_BKN: jax.Array,
+        v_BKN: jax.Array,
+        positions: jax.Array,
+        active: jax.Array,
+    ) -> tuple[jax.Array, "LayerCache"]:
+        """Stores each active row's new key and value and attends to all it holds: [B, H, N].
+
+        The queries may have more rows than the cache, on every device alike: those that the cache
+        has come first, the others are idle. What comes out of idle rows means nothing.
+        """
+
+        def step(q, k_new, v_new, positions, active, k, v):
+            count, padding = len(k), len(q) - len(k)
+            q, k_new, v_new, positions, active = (
+                x[:count] for x in (q, k_new, v_new, positions, active)
+            )
+            rows = jnp.arange(count)
+            at = jnp.where(active, positions, k.shape[2])
+            k = k.at[rows, :, at].set(k_new.astype(k.dtype), mode="drop")
+            v = v.at[rows, :, at].set(v_new.astype(v.dtype), mode="drop")
+            out = attend_filled(q, k, v, jnp.where(active, positions + 1, 1))
+            return jnp.pad(out, ((0, padding), (0, 0), (0, 0))), k, v
+
+        rows = PartitionSpec(ROWS)
+        step = _per_device(
+            step,
+            (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC, rows, rows, CACHE_SPEC, CACHE_SPEC),
+            (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC),
         )
+        out, k, v = step(q_BHN, k_BKN, v_BKN, positions, active, self.k, self.v)
+        return out, LayerCache(k, v)
 
 
 @flax.struct.dataclass
@@ -35,19 +98,26 @@ class KVCache:
 
     layers: tuple[LayerCache, ...]
 
-    @property
-    def capacity(self) -> int:
-        """Positions that each row can hold."""
-        return self.layers[0].k.shape[1]
+    def insert(self, prefix: list[tuple[jax.Array, jax.Array]], rows: jax.Array) -> "KVCache":
+        """Puts the keys and values of `qwen3.prefill` into the given rows, layer by layer."""
+        pairs = zip(self.layers, prefix, strict=True)
+        return KVCache(tuple(layer.insert(*new, rows) for layer, new in pairs))
 
-    def insert(self, other: "KVCache", rows: jax.Array) -> "KVCache":
-        """Copies another cache's rows into the given rows, layer by layer."""
-        pairs = zip(self.layers, other.layers, strict=True)
-        return KVCache(tuple(mine.insert(new, rows) for mine, new in pairs))
+
+def rounded_capacity(capacity: int) -> int:
+    """The positions that rows of at least `capacity` have: whole chunks of decode attention."""
+    return capacity if capacity <= CHUNK else -(-capacity // CHUNK) * CHUNK
+
+
+def bytes_per_row(config, capacity: int) -> int:
+    """What one row of a cache takes, over all layers."""
+    numbers = config.num_key_value_heads * rounded_capacity(capacity) * config.head_dim
+    return 2 * config.num_hidden_layers * numbers * config.compute_dtype.itemsize
 
 
 def empty_cache(config, batch: int, capacity: int) -> KVCache:
-    """Zeros for `batch` rows of `capacity` positions, in the model's compute type."""
-    shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+    """Zeros for `batch` rows of `capacity` positions or more, in the model's compute type."""
+    capacity = rounded_capacity(capacity)
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     zeros = lambda: jnp.zeros(shape, config.compute_dtype)  # noqa: E731
     return KVCache(tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)))

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.errors import UserError
 from lopd.models import moe
@@ -116,7 +117,7 @@ class Attention(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT):
+    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, row_states):
         c = self.config
         D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q = jnp.einsum(
@@ -131,14 +132,15 @@ class Attention(nn.Module):
         q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        if layer_cache is not None:
-            layer_cache = layer_cache.write(k, v, write_BT)
-            k, v = layer_cache.k, layer_cache.v
-        out = attend(q, k, v, mask_BTS)
+        if layer_cache is None:
+            out, kv = attend(q, k, v, mask_BTS), (k, v)
+        else:
+            out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
+            out = out[:, None]
         out = jnp.einsum(
             "bthn,hnd->btd", out, _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
         )
-        return out, layer_cache
+        return out, kv
 
 
 class MLP(nn.Module):
@@ -177,19 +179,23 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer; a mixture of experts also reports its router's load."""
+    """One pre-norm transformer layer: output, keys and values, and router load (None when dense).
+
+    With a cache, x is one token per row, `row_states` their (positions, active), and the cache
+    comes back extended in place of the keys and values.
+    """
 
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT, counted_BT):
+    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, row_states, counted_BT):
         c = self.config
         with jax.named_scope("attention"):
             normed = _rms_norm(
                 x_BTD, _scale(self, "input_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
-            out, layer_cache = Attention(c, name="attention")(
-                normed, rotary, mask_BTS, layer_cache, write_BT
+            out, kv = Attention(c, name="attention")(
+                normed, rotary, mask_BTS, layer_cache, row_states
             )
             x_BTD = x_BTD + out
         with jax.named_scope("mlp"):
@@ -200,7 +206,7 @@ class Block(nn.Module):
                 out, load = MoE(c, name="mlp")(normed, counted_BT)
             else:
                 out, load = MLP(c, name="mlp")(normed), None
-            return x_BTD + out, layer_cache, load
+            return x_BTD + out, kv, load
 
 
 def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
@@ -256,20 +262,31 @@ def output_head(params: Params) -> jax.Array:
     return params.get("lm_head", params["embed"])
 
 
-def inference_params(config: Qwen3Config, params: Params) -> Params:
+def inference_params(
+    config: Qwen3Config, params: Params, shardings: Params | None = None
+) -> Params:
     """Parameters for repeated decoding: compute type, one dict per layer instead of a stack.
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
     scan over stacked layers cannot (it would copy the whole cache every token).
+
+    Args:
+      config: the model's shape.
+      params: stacked parameters.
+      shardings: where the results are to lie, as a tree like `params`; by default where jit puts
+        them.
     """
 
-    @jax.jit
     def convert(params):
         params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
         layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])  # noqa: E731
         return {**params, "layers": tuple(layer(i) for i in range(config.num_hidden_layers))}
 
-    return convert(params)
+    if shardings:
+        unstacked = lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))  # noqa: E731
+        layer = jax.tree.map(unstacked, shardings["layers"])
+        shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
+    return jax.jit(convert, out_shardings=shardings)(params)
 
 
 def _embed(config: Qwen3Config, params: Params, tokens: jax.Array) -> jax.Array:
@@ -317,11 +334,11 @@ def forward(
     Args:
       config: the model's shape.
       params: stacked parameters, or those of `inference_params` when a cache is given.
-      tokens: int32 [B, T].
+      tokens: int32 [B, T]; with a cache, T is 1.
       positions: int32 [B, T], the position of each token within its own sequence.
       segment_ids: int32 [B, T]. Without a cache, tokens attend only within equal ids, so several
-        sequences may share a row; 0 marks padding. With a cache, a row is one sequence and
-        tokens with id 0 are neither written nor meaningful.
+        sequences may share a row; 0 marks padding. With a cache, a row is one sequence, and
+        rows with id 0 are idle: they neither write nor mean anything.
       kv_cache: keys and values of earlier positions; new ones are written at `positions`.
       remat: recompute each layer's activations in the backward pass.
 
@@ -332,19 +349,39 @@ def forward(
         return _scan_layers(config, params, tokens, positions, segment_ids, remat)[0], None
     x = _embed(config, params, tokens)
     rotary = rotary_tables(config, positions)
-    block = Block(config)
-    capacity = kv_cache.capacity
-    mask = jnp.arange(capacity) <= positions[..., None]
-    # Padding is written past the end, where the scatter drops it.
-    write = jnp.where(segment_ids > 0, positions, capacity)
-    layer_caches = []
+    row_states = positions[:, 0], segment_ids[:, 0] > 0
+    caches = []
     for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
-        x, layer_cache, _ = block.apply(
-            {"params": layer_params}, x, rotary, mask, layer_cache, write, segment_ids > 0
+        x, layer_cache, _ = Block(config).apply(
+            {"params": layer_params}, x, rotary, None, layer_cache, row_states, segment_ids > 0
         )
-        layer_caches.append(layer_cache)
+        caches.append(layer_cache)
     hidden = _rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    return hidden, KVCache(tuple(layer_caches))
+    return hidden, KVCache(tuple(caches))
+
+
+def prefill(
+    config: Qwen3Config, params: Params, tokens: jax.Array, segment_ids: jax.Array
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Keys and values [B, T, K, N] of every layer, of one sequence per row.
+
+    Args:
+      config: the model's shape.
+      params: of `inference_params`.
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], 1 and then 0 where the row is padded.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rotary = rotary_tables(config, positions)
+    mask = causal_segment_mask(segment_ids)
+    x = _embed(config, params, tokens)
+    prefix = []
+    for layer_params in params["layers"]:
+        x, kv, _ = Block(config).apply(
+            {"params": layer_params}, x, rotary, mask, None, None, segment_ids > 0
+        )
+        prefix.append(kv)
+    return prefix
 
 
 def forward_with_router_loss(

@@ -1,7 +1,10 @@
-"""The device side of sampling: prefill prompts into slots, decode all slots together.
+"""The device side of sampling: prefill prompts into rows, decode all rows together.
 
 Everything here is pure and jitted once per shape. The state is donated, so the key/value cache is
-updated in place.
+updated in place. To run on a mesh, call under `jax.sharding.use_abstract_mesh`: rows lie over data
+and fsdp, heads over tensor, and what the host reads is on every device.
+
+A row is at most one response being decoded; `lopd.sampling.engine` decides which rows are in use.
 """
 
 import functools
@@ -9,15 +12,20 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lopd.models import qwen3
-from lopd.models.kv_cache import KVCache, empty_cache
-from lopd.scoring import score_logits
+from lopd.models.kv_cache import CACHE_SPEC, ROWS, KVCache, empty_cache
+from lopd.sampling.draw import Drawn, Truncation, draw
 
 
 @flax.struct.dataclass
-class SlotState:
-    """What the device knows of every slot; all arrays lead with [slots]."""
+class RowState:
+    """What the device knows of every row; all arrays but the cache lead with [rows].
+
+    The cache may have fewer rows. On each device its rows are then the first ones; the others stay
+    idle and are there to give the arithmetic its shape.
+    """
 
     cache: KVCache
     token: jax.Array  # int32, the last token, which the next step reads
@@ -29,112 +37,131 @@ class SlotState:
 
 
 @flax.struct.dataclass
+class Prompts:
+    """Prompts to read in one call, all [P, ...]; the first `count` are real."""
+
+    count: jax.Array  # int32 []
+    tokens: jax.Array  # int32 [P, T], padded on the right
+    length: jax.Array  # int32
+    row: jax.Array  # int32, where each goes; any number past the end where there is no prompt
+    prompt_id: jax.Array  # uint32
+    sample_id: jax.Array  # uint32
+
+
+@flax.struct.dataclass
 class DecodeOutput:
-    """What each decode step made, each [steps, slots]."""
+    """What each decode step made, each [steps, rows]."""
 
-    token: jax.Array  # int32
-    logprob: jax.Array  # float32, at temperature 1
-    behaviour_logprob: jax.Array  # float32, of the distribution sampled from
-    valid: jax.Array  # bool: the slot was active
+    drawn: Drawn
+    valid: jax.Array  # bool: the row was active
 
 
-def empty_state(config: qwen3.Qwen3Config, slots: int, capacity: int) -> SlotState:
-    """All slots idle, with room for `capacity` tokens of prompt and response each."""
-    zeros = lambda dtype: jnp.zeros((slots,), dtype)  # noqa: E731
-    return SlotState(
-        cache=empty_cache(config, slots, capacity),
-        token=zeros(jnp.int32),
-        position=zeros(jnp.int32),
-        generated=zeros(jnp.int32),
-        active=zeros(bool),
-        prompt_id=zeros(jnp.uint32),
-        sample_id=zeros(jnp.uint32),
+def _constrain(tree, spec: PartitionSpec):
+    """`tree` laid out so on the mesh that is traced for, if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
+def _in_place(state: RowState) -> RowState:
+    """The state in the layout that it always has, so that its buffers can be donated."""
+    cache = _constrain(state.cache, CACHE_SPEC)
+    return _constrain(state.replace(cache=None), PartitionSpec()).replace(cache=cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(config: qwen3.Qwen3Config, rows: int, cache_rows: int, capacity: int) -> RowState:
+    """All rows idle, the cache's with room for `capacity` tokens of prompt and response each."""
+    zeros = lambda dtype: jnp.zeros((rows,), dtype)  # noqa: E731
+    return _in_place(
+        RowState(
+            cache=empty_cache(config, cache_rows, capacity),
+            token=zeros(jnp.int32),
+            position=zeros(jnp.int32),
+            generated=zeros(jnp.int32),
+            active=zeros(bool),
+            prompt_id=zeros(jnp.uint32),
+            sample_id=zeros(jnp.uint32),
+        )
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def prefill(
     config: qwen3.Qwen3Config,
+    at_once: int,
     params: qwen3.Params,
-    state: SlotState,
-    tokens_PT: jax.Array,
-    lengths: jax.Array,
-    slots: jax.Array,
-    prompt_id: jax.Array,
-    sample_id: jax.Array,
-) -> SlotState:
-    """Reads P right-padded prompts and puts them into `slots`, ready to decode.
+    state: RowState,
+    prompts: Prompts,
+) -> RowState:
+    """Reads prompts and puts them into their rows, ready to decode.
 
-    A slot number past the end marks an empty place in this batch and is dropped. The slot is
-    left *at* the last prompt token: the first decode step reads it again and samples from its
-    logits, so sampling happens in one place only.
+    Goes through the prompts `at_once` at a time and stops after the real ones, so that a call
+    costs what it holds, and what a prompt becomes does not depend on how many share its call. A
+    row is left *at* its last prompt token: the first decode step reads it again and samples from
+    its logits, so sampling happens in one place only.
     """
-    P, T = tokens_PT.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (P, T))
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    _, prefix = qwen3.forward(
-        config, params, tokens_PT, positions, segment_ids, empty_cache(config, P, T)
+
+    def read(i, cache):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once)  # noqa: E731
+        tokens, length = part(prompts.tokens), part(prompts.length)
+        tokens = _constrain(tokens, PartitionSpec(ROWS))
+        segment_ids = (jnp.arange(tokens.shape[1]) < length[:, None]).astype(jnp.int32)
+        prefix = qwen3.prefill(config, params, tokens, segment_ids)
+        return cache.insert(prefix, part(cache_row))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    per_device, cached = (len(x) // shards for x in (state.token, state.cache.layers[0].k))
+    cache_row = prompts.row // per_device * cached + prompts.row % per_device
+    calls = (prompts.count + at_once - 1) // at_once
+    cache = jax.lax.fori_loop(0, calls, read, state.cache)
+    last = jnp.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, axis=1)[:, 0]
+    put = lambda array, values: array.at[prompts.row].set(values, mode="drop")  # noqa: E731
+    return _in_place(
+        RowState(
+            cache=cache,
+            token=put(state.token, last),
+            position=put(state.position, prompts.length - 1),
+            generated=put(state.generated, 0),
+            active=put(state.active, True),
+            prompt_id=put(state.prompt_id, prompts.prompt_id),
+            sample_id=put(state.sample_id, prompts.sample_id),
+        )
     )
-    last = jnp.take_along_axis(tokens_PT, lengths[:, None] - 1, axis=1)[:, 0]
-    put = lambda array, values: array.at[slots].set(values, mode="drop")  # noqa: E731
-    return SlotState(
-        cache=state.cache.insert(prefix, slots),
-        token=put(state.token, last),
-        position=put(state.position, lengths - 1),
-        generated=put(state.generated, 0),
-        active=put(state.active, True),
-        prompt_id=put(state.prompt_id, prompt_id),
-        sample_id=put(state.sample_id, sample_id),
-    )
 
 
-def _gumbel_noise(seed: jax.Array, state: SlotState, vocab_size: int) -> jax.Array:
-    """Gumbel noise [slots, V] from (seed, prompt, sample, response position) and nothing else."""
+def _keys(seed: jax.Array, state: RowState) -> jax.Array:
+    """The random key of each row's next token: of (seed, prompt, sample, place in the response)."""
 
-    def noise(prompt_id, sample_id, position):
-        key = jax.random.key(seed)
-        for part in (prompt_id, sample_id, position):
-            key = jax.random.fold_in(key, part)
-        return jax.random.gumbel(key, (vocab_size,))
+    def key(*parts):
+        return functools.reduce(jax.random.fold_in, parts, jax.random.key(seed))
 
-    return jax.vmap(noise)(state.prompt_id, state.sample_id, state.generated)
-
-
-def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """Logits [..., V] with all but the nucleus at -inf (arXiv 1904.09751).
-
-    The nucleus is the fewest most likely tokens whose probabilities sum to at least `top_p`;
-    tokens as likely as the last of them stay too.
-    """
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    last_kept = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-    threshold = jnp.take_along_axis(descending, last_kept, axis=-1)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    return jax.vmap(key)(state.prompt_id, state.sample_id, state.generated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
     config: qwen3.Qwen3Config,
     steps: int,
-    top_p: float,
+    truncation: Truncation,
     params: qwen3.Params,
-    state: SlotState,
+    state: RowState,
     seed: jax.Array,
     temperature: jax.Array,
     end_ids: jax.Array,
     max_response: jax.Array,
-) -> tuple[SlotState, DecodeOutput]:
-    """Decodes every active slot by up to `steps` tokens.
+) -> tuple[RowState, DecodeOutput, jax.Array]:
+    """Decodes every active row by up to `steps` tokens.
 
-    Sampling is by Gumbel-max over logits / temperature within the nucleus of `top_p`; temperature
-    0 is greedy, and its behaviour log-probability is then 0 (the choice is certain). A slot stops
-    after any of `end_ids` or `max_response` tokens.
+    A row stops after any of `end_ids` or `max_response` tokens.
+
+    Returns:
+      The state, what was made, and which rows are still active.
     """
     head = qwen3.output_head(params)
 
-    def step(state: SlotState, _):
+    def step(state: RowState, _):
         hidden, cache = qwen3.forward(
             config,
             params,
@@ -143,29 +170,20 @@ def decode(
             state.active[:, None].astype(jnp.int32),
             state.cache,
         )
-        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        greedy = temperature == 0
-        scaled = logits / jnp.where(greedy, 1.0, temperature)
-        if top_p < 1:
-            scaled = keep_top_p(scaled, top_p)
-        noise = jnp.where(greedy, 0.0, _gumbel_noise(seed, state, logits.shape[-1]))
-        token = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-        behaviour = jnp.where(greedy, 0.0, score_logits(scaled, token).logprobs)
-        output = DecodeOutput(
-            token=token,
-            logprob=score_logits(logits, token).logprobs,
-            behaviour_logprob=behaviour,
-            valid=state.active,
-        )
+        with jax.named_scope("draw"):
+            logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+            drawn = draw(logits, _keys(seed, state), temperature, truncation)
         generated = state.generated + state.active
-        ends = jnp.isin(token, end_ids) | (generated >= max_response)
+        ends = jnp.isin(drawn.token, end_ids) | (generated >= max_response)
+        output = DecodeOutput(drawn=drawn, valid=state.active)
         state = state.replace(
             cache=cache,
-            token=jnp.where(state.active, token, state.token),
+            token=jnp.where(state.active, drawn.token, state.token),
             position=state.position + state.active,
             generated=generated,
             active=state.active & ~ends,
         )
-        return state, output
+        return _in_place(state), output
 
-    return jax.lax.scan(step, state, None, length=steps)
+    state, output = jax.lax.scan(step, state, None, length=steps)
+    return state, _constrain(output, PartitionSpec()), _constrain(state.active, PartitionSpec())

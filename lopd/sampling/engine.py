@@ -1,14 +1,36 @@
 """The host side of sampling: keeps a fixed number of slots busy until every prompt is answered."""
 
+import collections
+import contextlib
 import dataclasses
+import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lopd.models import qwen3
+from lopd.models.decode_attention import block_rows
 from lopd.sampling import decode
+from lopd.sampling.draw import Truncation
+
+EXACT_ROWS = 64
+"""Rows per device of every float32 program, whatever the number of slots.
+
+A matrix product's bits depend on how many rows it has, not on what is in the other rows. So float32
+multiplies 64 rows at a time and a device: with idle ones among them, most of which take no memory,
+if there are fewer slots, and in turns if there are more. 64 rows reach 76 to 87 % of a CPU's
+arithmetic peak in a layer's products.
+"""
+
+_PROMPTS_PER_CALL = 64
+
+_IN_FLIGHT = 2
+"""Decode calls dispatched before the oldest is read, so that the device never waits for the host.
+A group alone is then one call ahead of what is known about it; several groups take turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +61,43 @@ class Response:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to sample: temperature (0 is greedy), response cap in tokens, seed, the end tokens, and
-    the probability mass that is sampled from (1 is all)."""
+    what may be drawn."""
 
     temperature: float
     max_response: int
     seed: int
     end_ids: tuple[int, ...]
-    top_p: float = 1.0
+    truncation: Truncation = dataclasses.field(default_factory=Truncation)
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a `generate` has done so far, for progress displays."""
+
+    slots: int = 0
+    responses: int = 0
+    tokens: int = 0
+    """Response tokens, those of unfinished responses included."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    _offered: int = 0
+    _used: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since sampling started, compilation included."""
+        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots' decode steps that made a token, while prompts remained."""
+        return self._used / max(self._offered, 1)
+
+    def count(self, tokens: int, offered: int, prompts_remain: bool) -> None:
+        """Adds one decode call, which could have made `offered` tokens."""
+        self.tokens += tokens
+        if prompts_remain:
+            self._used += tokens
+            self._offered += offered
 
 
 def _bucket(length: int) -> int:
@@ -60,6 +112,8 @@ class _Slot:
         self.index = index
         self.request = request
         self.parts: list[tuple[np.ndarray, ...]] = []
+        self.dispatched = 0  # decode steps asked for
+        self.done = False
 
     def response(self, end_ids: tuple[int, ...]) -> Response:
         tokens, logprobs, behaviour = (np.concatenate(p) for p in zip(*self.parts, strict=True))
@@ -73,6 +127,171 @@ class _Slot:
         )
 
 
+@dataclasses.dataclass
+class _Group:
+    """Rows that are decoded by one call; only as many of them are in use as there are slots."""
+
+    state: decode.RowState
+    slots: dict[int, _Slot | None]
+    """By row; rows that are never used are not in it."""
+
+    def free(self) -> list[int]:
+        return [row for row, slot in self.slots.items() if slot is None]
+
+    def undispatched(self, max_response: int) -> bool:
+        """Whether a further decode call could make a token, for all that is known here."""
+        return any(s is not None and s.dispatched < max_response for s in self.slots.values())
+
+
+@dataclasses.dataclass
+class _Call:
+    """A decode call in flight, and who was in which row when it was dispatched."""
+
+    group: _Group
+    slots: list[tuple[int, _Slot]]
+    prompts_remain: bool
+    results: tuple
+
+
+def _shards(mesh: Mesh | None) -> int:
+    """Into how many parts rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+
+
+def group_rows(config: qwen3.Qwen3Config, slots: int, mesh: Mesh | None) -> int:
+    """Rows of one decode program: see `EXACT_ROWS` for float32, else one row per slot."""
+    shards = _shards(mesh)
+    if config.compute_dtype == jnp.float32:
+        return EXACT_ROWS * shards
+    return -(-slots // shards) * shards
+
+
+def prompts_at_once(bucket: int, mesh: Mesh | None) -> int:
+    """Prompts per forward pass of a prefill: enough tokens to keep the arithmetic busy."""
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    tokens = 64 if platform == "cpu" else 512
+    return max(1, tokens // bucket) * _shards(mesh)
+
+
+class _Engine:
+    """The state of one `generate`."""
+
+    def __init__(self, config, params, sampling, slots, capacity, decode_steps, mesh, stats):
+        self.config, self.params, self.sampling = config, params, sampling
+        self.capacity, self.decode_steps, self.mesh = capacity, decode_steps, mesh
+        self.stats = stats
+        stats.slots = slots
+        if not stats.tokens:
+            stats.started = time.monotonic()
+        self.rows = group_rows(config, slots, mesh)
+        self.groups = [
+            self._group(min(self.rows, slots - first)) for first in range(0, slots, self.rows)
+        ]
+        self.arguments = (
+            jnp.uint32(sampling.seed),
+            jnp.float32(sampling.temperature),
+            jnp.asarray(sampling.end_ids, jnp.int32),
+            jnp.int32(sampling.max_response),
+        )
+
+    def _group(self, slots: int) -> _Group:
+        """Idle rows, and which of them are slots: the same number on each device, or one less."""
+        c, shards = self.config, _shards(self.mesh)
+        used, per_device = -(-slots // shards), self.rows // shards
+        with self.on_mesh():
+            cached = used
+            if c.compute_dtype == jnp.float32:  # attention's bits depend on its blocks
+                shape = c.num_key_value_heads, self.capacity, c.head_dim, 4
+                block = block_rows(*shape) or per_device
+                cached = min(per_device, -(-used // block) * block)
+            state = decode.empty_state(c, self.rows, cached * shards, self.capacity)
+        usable = [row for row in range(self.rows) if row % per_device < used]
+        return _Group(state, dict.fromkeys(usable[:slots]))
+
+    def on_mesh(self):
+        """The context to call `decode` in; none for one device."""
+        if self.mesh is None or self.mesh.size == 1:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    def fill(self, group: _Group, pending: Iterator[tuple[int, Request]]) -> bool:
+        """Puts pending requests into free slots; False once there are none left."""
+        taken: dict[int, list[int]] = {}
+        remain = True
+        for row in group.free():
+            item = next(pending, None)
+            if item is None:
+                remain = False
+                break
+            group.slots[row] = _Slot(*item)
+            # A prompt's bucket may pass a capacity that is not a power of two.
+            bucket = min(_bucket(len(item[1].prompt_tokens)), self.capacity)
+            taken.setdefault(bucket, []).append(row)
+        for bucket, members in sorted(taken.items()):
+            at_once = prompts_at_once(bucket, self.mesh)
+            size = max(_PROMPTS_PER_CALL, at_once)
+            for start in range(0, len(members), size):
+                self._prefill(group, members[start : start + size], bucket, at_once)
+        return remain
+
+    def _prefill(self, group: _Group, members: Sequence[int], bucket: int, at_once: int) -> None:
+        """One prefill call for the slots in `members`."""
+        size = max(_PROMPTS_PER_CALL, at_once)
+        tokens = np.zeros((size, bucket), np.int32)
+        length = np.ones(size, np.int32)
+        row = np.full(size, self.rows, np.int32)  # past the end: dropped
+        ids = np.zeros((2, size), np.uint32)
+        for place, member in enumerate(members):
+            request = group.slots[member].request
+            tokens[place, : len(request.prompt_tokens)] = request.prompt_tokens
+            length[place] = len(request.prompt_tokens)
+            row[place] = member
+            ids[:, place] = request.prompt_id, request.sample_id
+        prompts = decode.Prompts(np.int32(len(members)), tokens, length, row, *ids)
+        with self.on_mesh():
+            group.state = decode.prefill(self.config, at_once, self.params, group.state, prompts)
+
+    def dispatch(self, group: _Group, prompts_remain: bool) -> _Call:
+        """Starts the decoding of all slots of a group by some steps."""
+        with self.on_mesh():
+            group.state, *results = decode.decode(
+                self.config,
+                self.decode_steps,
+                self.sampling.truncation,
+                self.params,
+                group.state,
+                *self.arguments,
+            )
+        slots = [(row, slot) for row, slot in group.slots.items() if slot is not None]
+        for _, slot in slots:
+            slot.dispatched += self.decode_steps
+        return _Call(group, slots, prompts_remain, tuple(results))
+
+    def collect(self, call: _Call) -> Iterator[Response]:
+        """Waits for a call, frees the slots that finished in it and yields their responses."""
+        output, active = jax.device_get(call.results)
+        counts = output.valid.sum(axis=0)
+        offered = self.decode_steps * len(call.group.slots)
+        self.stats.count(int(counts.sum()), offered, call.prompts_remain)
+        drawn = output.drawn
+        for row, slot in call.slots:
+            if slot.done:
+                continue
+            made = slice(0, counts[row])
+            slot.parts.append(
+                (
+                    drawn.token[made, row],
+                    drawn.logprob[made, row],
+                    drawn.behaviour_logprob[made, row],
+                )
+            )
+            if not active[row]:
+                slot.done = True
+                call.group.slots[row] = None
+                self.stats.responses += 1
+                yield slot.response(self.sampling.end_ids)
+
+
 def generate(
     config: qwen3.Qwen3Config,
     params: qwen3.Params,
@@ -82,13 +301,16 @@ def generate(
     slots: int,
     capacity: int,
     decode_steps: int,
-    prefill_batch: int,
+    mesh: Mesh | None = None,
+    stats: Stats | None = None,
 ) -> Iterator[Response]:
     """Samples a response for every request, in the order they finish.
 
-    A finished slot is refilled at the next chunk without draining the others. The random key of
-    a token depends on (seed, prompt_id, sample_id, position in the response) only, so a response
-    does not depend on its slot, on its neighbours or on a restart.
+    A finished slot is refilled at the next call without draining the others. A response is a
+    function of the weights, the request's prompt, prompt_id and sample_id, and `sampling`: not of
+    its slot, its neighbours, a restart, or any other argument. In float32 that holds bit for bit,
+    as every program then has the same number of rows (`EXACT_ROWS`); in other types it does for
+    one number of slots and one mesh, and beyond it as far as the platform's kernels round alike.
 
     Args:
       config: the model's shape.
@@ -98,66 +320,54 @@ def generate(
       slots: responses decoded at a time.
       capacity: positions per slot; at least the longest prompt plus `max_response`.
       decode_steps: tokens decoded on device between looks at what has finished.
-      prefill_batch: prompts read per prefill call.
+      mesh: what `params` are spread over: slots lie over data and fsdp, heads over tensor. Every
+        process of a run passes the same requests and gets the same responses.
+      stats: counts what is done, for progress displays.
     """
-    state = decode.empty_state(config, slots, capacity)
-    occupied: list[_Slot | None] = [None] * slots
+    engine = _Engine(
+        config, params, sampling, slots, capacity, decode_steps, mesh, stats or Stats()
+    )
     pending = enumerate(requests)
-    exhausted = False
-    while True:
-        free = [i for i, slot in enumerate(occupied) if slot is None]
-        taken: dict[int, list[int]] = {}
-        while free and not exhausted:
-            item = next(pending, None)
-            if item is None:
-                exhausted = True
-                break
-            slot = free.pop(0)
-            occupied[slot] = _Slot(*item)
-            # A prompt's bucket may pass a capacity that is not a power of two.
-            bucket = min(_bucket(len(item[1].prompt_tokens)), capacity)
-            taken.setdefault(bucket, []).append(slot)
-        for bucket, members in sorted(taken.items()):
-            for start in range(0, len(members), prefill_batch):
-                batch = members[start : start + prefill_batch]
-                state = _prefill(config, params, state, occupied, batch, bucket, prefill_batch)
-        if all(slot is None for slot in occupied):
+    remain = True
+    in_flight: collections.deque[_Call] = collections.deque()
+    for group in itertools.cycle(engine.groups):
+        if remain:
+            remain = engine.fill(group, pending)
+        dispatched = group.undispatched(sampling.max_response)
+        if dispatched:
+            in_flight.append(engine.dispatch(group, remain))
+        elif not in_flight and not any(
+            g.undispatched(sampling.max_response) for g in engine.groups
+        ):
             return
-        state, output = decode.decode(
-            config,
-            decode_steps,
-            sampling.top_p,
-            params,
-            state,
-            jnp.uint32(sampling.seed),
-            jnp.float32(sampling.temperature),
-            jnp.asarray(sampling.end_ids, jnp.int32),
-            jnp.int32(sampling.max_response),
+        if in_flight and (len(in_flight) == _IN_FLIGHT or not dispatched):
+            yield from engine.collect(in_flight.popleft())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A model and how to sample from it; call it with requests. Fields as `generate`'s."""
+
+    config: qwen3.Qwen3Config
+    params: qwen3.Params
+    sampling: Sampling
+    slots: int
+    capacity: int
+    decode_steps: int
+    mesh: Mesh
+    stats: Stats = dataclasses.field(default_factory=Stats)
+    """Of all calls together."""
+
+    def __call__(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """See `generate`."""
+        return generate(
+            self.config,
+            self.params,
+            requests,
+            self.sampling,
+            slots=self.slots,
+            capacity=self.capacity,
+            decode_steps=self.decode_steps,
+            mesh=self.mesh,
+            stats=self.stats,
         )
-        output, active = jax.device_get((output, state.active))
-        counts = output.valid.sum(axis=0)
-        for i, slot in enumerate(occupied):
-            if slot is None:
-                continue
-            made = slice(0, counts[i])
-            slot.parts.append(
-                (output.token[made, i], output.logprob[made, i], output.behaviour_logprob[made, i])
-            )
-            if not active[i]:
-                occupied[i] = None
-                yield slot.response(sampling.end_ids)
-
-
-def _prefill(config, params, state, occupied, members, bucket, prefill_batch):
-    """One prefill call for the slots in `members`, padded to `prefill_batch` prompts."""
-    tokens = np.zeros((prefill_batch, bucket), np.int32)
-    lengths = np.ones(prefill_batch, np.int32)
-    slots = np.full(prefill_batch, len(occupied), np.int32)  # past the end: dropped
-    ids = np.zeros((2, prefill_batch), np.uint32)
-    for row, slot in enumerate(members):
-        request = occupied[slot].request
-        tokens[row, : len(request.prompt_tokens)] = request.prompt_tokens
-        lengths[row] = len(request.prompt_tokens)
-        slots[row] = slot
-        ids[:, row] = request.prompt_id, request.sample_id
-    return decode.prefill(config, params, state, tokens, lengths, slots, *ids)

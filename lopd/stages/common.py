@@ -1,7 +1,7 @@
 """What several stages do alike: make requests, sample, and train into an artefact."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import ml_collections
@@ -14,7 +14,9 @@ from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
 from lopd.objectives import Objective
 from lopd.parallel import check_divisible, param_shardings
-from lopd.sampling.engine import Request, Response, Sampling, generate
+from lopd.sampling.draw import Truncation
+from lopd.sampling.engine import Request, Sampler, Sampling
+from lopd.sampling.placement import sampling_mesh, slots_that_fit
 from lopd.tasks import Problem
 from lopd.training import checkpoints
 from lopd.training.diagnostics import Drift
@@ -144,31 +146,28 @@ def sampler(
     section: ml_collections.ConfigDict,
     purpose: str,
     temperature: float | None = None,
-) -> Callable[[Sequence[Request]], Iterator[Response]]:
-    """A function from requests to responses (in order of finishing) for one model.
+) -> Sampler:
+    """What answers requests (in order of finishing) for one model, and counts what it does.
 
     `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its.
     """
     model, runtime = ctx.model(which), ctx.config.runtime
-    decode_params = qwen3.inference_params(model, params)
     sampling = Sampling(
         temperature=section.temperature if temperature is None else temperature,
-        top_p=section.top_p,
         max_response=section.response_length,
         seed=ctx.seed(purpose),
         end_ids=ctx.tokenizer.end_ids,
+        truncation=Truncation(section.top_k, section.top_p, section.min_p),
     )
-
-    def sample(wanted: Sequence[Request]) -> Iterator[Response]:
-        return generate(
-            model,
-            decode_params,
-            wanted,
-            sampling,
-            slots=runtime.slots,
-            capacity=ctx.config.prompt_length + section.response_length,
-            decode_steps=runtime.decode_steps,
-            prefill_batch=runtime.prefill_batch,
-        )
-
-    return sample
+    mesh = sampling_mesh(model, ctx.mesh)
+    decode_params = qwen3.inference_params(model, params, param_shardings(model, mesh))
+    capacity = ctx.config.prompt_length + section.response_length
+    return Sampler(
+        model,
+        decode_params,
+        sampling,
+        slots=runtime.slots or slots_that_fit(model, capacity, mesh),
+        capacity=capacity,
+        decode_steps=runtime.decode_steps,
+        mesh=mesh,
+    )

@@ -162,7 +162,7 @@ def _sampling_pass(
 
     sample = common.sampler(ctx, "student", ref_params, ctx.config[section], f"{section} sampling")
     fields = _fields(ctx) if teacher_params else schema.REF_SCORED_FIELDS
-    rollouts.write_responses(artefact, plan, fields, sample, score)
+    rollouts.write_responses(artefact, plan, fields, sample, score, sample.stats)
 
 
 def _scored(

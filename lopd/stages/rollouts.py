@@ -9,7 +9,6 @@ more than that and one shard; and one more shard is being scored and written.
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from lopd.cache import writer
 from lopd.context import Context
 from lopd.errors import UserError
 from lopd.progress import bar
-from lopd.sampling.engine import Request, Response
+from lopd.sampling.engine import Request, Response, Stats
 
 Sample = Callable[[Sequence[Request]], Iterator[Response]]
 Finish = Callable[[], tuple[list[dict], dict]]
@@ -112,6 +111,7 @@ def write_responses(
     fields: dict,
     sample: Sample,
     score: Callable[[list[Response]], Finish],
+    stats: Stats | None = None,
 ) -> None:
     """Samples every request of the plan's missing shards and writes them.
 
@@ -126,13 +126,13 @@ def write_responses(
       sample: gives the responses in any order.
       score: dispatches what is to be computed of a full shard, and returns without waiting how to
         finish it.
+      stats: what the sampler counts, to be shown.
 
     Raises:
       Stopped: after a signal.
     """
     wanted = [i for shard in plan.missing for i in plan.members(shard)]
     progress = bar(total=len(wanted), label=artefact.path.name, unit="responses")
-    start, tokens = time.perf_counter(), 0
     filling: dict[int, list[Response]] = {}
     with writer.ShardWriter(artefact, fields, plan.count) as shards:
         for response in sample([plan.requests[i] for i in wanted]):
@@ -141,9 +141,9 @@ def write_responses(
             if len(filling[shard]) == len(plan.members(shard)):
                 full = sorted(filling.pop(shard), key=lambda r: r.index)
                 shards.put(shard, score(full))
-            tokens += len(response.tokens)
-            rate = tokens / (time.perf_counter() - start)
-            progress.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            if stats:
+                shown = f"{stats.tokens_per_second:,.0f} tokens/s, slots {stats.occupancy:.0%} busy"
+                progress.set_postfix_str(shown, refresh=False)
             progress.update()
             shards.check()
             if shutdown.requested():

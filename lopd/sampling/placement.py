@@ -1,0 +1,107 @@
+"""Where weights and slots lie while sampling, and how many slots fit beside the weights."""
+
+import math
+import os
+import pathlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+from lopd.errors import UserError
+from lopd.models import qwen3
+from lopd.models.kv_cache import bytes_per_row
+
+MAX_SLOTS_PER_DEVICE = 256
+"""Beyond it the weights cost little of a step's time, and the last responses wait longer."""
+
+_SHARE = {"cpu": 0.5}
+"""Of the memory left, what slots may take. A host's memory is not ours alone."""
+_SHARE_OF_ACCELERATOR = 0.9
+
+_LOGIT_ARRAYS = 4
+"""Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
+
+
+def sampling_mesh(config: qwen3.Qwen3Config, mesh: Mesh) -> Mesh:
+    """The same devices with as much of fsdp as possible turned into tensor, and the rest into data.
+
+    A decode step does little work per weight, so weights should stay where they are: split over
+    fsdp, all of them would be gathered for every token. Every device then holds 1 / tensor of the
+    weights. What limits tensor are key/value heads, of which each device needs whole ones.
+    """
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    tensor = math.gcd(
+        mesh.shape["fsdp"] * mesh.shape["tensor"],
+        *(config.num_key_value_heads, config.vocab_size, width),
+    )
+    devices = mesh.devices.reshape(-1, 1, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _available_host_memory() -> int:
+    """Bytes that programs can still take without swapping."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(kib) * 1024
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _left_per_device(mesh: Mesh) -> int:
+    """Bytes for slots on the fullest of this process' devices."""
+    devices = mesh.local_devices
+    platform = devices[0].platform
+    stats = [device.memory_stats() for device in devices]
+    if platform == "cpu" or not all(stats):
+        free = _available_host_memory() // len(devices)
+    else:
+        free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return int(free * _SHARE.get(platform, _SHARE_OF_ACCELERATOR))
+
+
+def slot_bytes(config: qwen3.Qwen3Config, capacity: int, tensor: int) -> int:
+    """What one slot takes on each device of its `tensor` group.
+
+    2 · layers · K · capacity · N numbers of keys and values, split over `tensor`, and the logits'
+    arrays, which are counted whole.
+    """
+    logits = _LOGIT_ARRAYS * 4 * config.vocab_size
+    return bytes_per_row(config, capacity) // tensor + logits
+
+
+def slots_for(
+    config: qwen3.Qwen3Config, capacity: int, bytes_per_device: int, shards: int, tensor: int
+) -> int:
+    """The slots that fit: `bytes_per_device` / `slot_bytes` rows on each of `shards` devices.
+
+    Rounded down to a multiple of 8 rows a device, at most MAX_SLOTS_PER_DEVICE. The step of 8
+    keeps small differences of free memory from changing compiled programs.
+
+    Raises:
+      UserError: if not one slot fits.
+    """
+    per_slot = slot_bytes(config, capacity, tensor)
+    rows = min(bytes_per_device // per_slot, MAX_SLOTS_PER_DEVICE)
+    if rows < 1:
+        raise UserError(
+            f"sampling: a response of up to {capacity} positions takes {per_slot / 2**20:.0f} MiB "
+            f"per device, and {bytes_per_device / 2**20:.0f} MiB are left beside the weights: "
+            "shorten prompt_length or response_length, or raise mesh.tensor"
+        )
+    return int(rows - rows % 8 if rows >= 8 else rows) * shards
+
+
+def slots_that_fit(config: qwen3.Qwen3Config, capacity: int, mesh: Mesh) -> int:
+    """`slots_for` the memory that is left right now; the same number in every process.
+
+    To be called when the weights are in place.
+    """
+    left = _left_per_device(mesh)
+    if jax.process_count() > 1:
+        # In MiB: without x64, jax arrays hold 32 bits.
+        left = int(np.min(multihost_utils.process_allgather(np.int32(left >> 20)))) << 20
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return slots_for(config, capacity, left, shards, mesh.shape["tensor"])
