@@ -67,7 +67,7 @@ def test_gradients_equal_transformers(params, reference):
     @jax.grad
     def gradient(params):
         hidden, router_loss = qwen3.forward_with_router_loss(
-            MOE, params, tokens, positions, segments, remat=True
+            MOE, params, tokens, positions, segments, remat="full"
         )
         scores = token_scores(hidden[:, :-1], params["lm_head"], tokens[:, 1:])
         return 0.5 * router_loss - scores.logprobs.mean()
@@ -137,7 +137,7 @@ def loss_and_gradient(shape):
 
     def loss(params, tokens, positions, segments):
         hidden, router_loss = qwen3.forward_with_router_loss(
-            MOE, params, tokens, positions, segments, remat=True
+            MOE, params, tokens, positions, segments, remat="full"
         )
         targets = jnp.roll(tokens, -1, axis=1)
         logprobs = token_scores(hidden, params["lm_head"], targets).logprobs

@@ -15,11 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from lopd.errors import UserError
 from lopd.models import moe
-from lopd.models.attention import attend, causal_segment_mask
+from lopd.models.attention import SAVED_NAME, attend, masked_attention
 from lopd.models.kv_cache import KVCache
+from lopd.models.sharding import ROW_AXES, constrain
 
 Params = dict[str, Any]
 
@@ -115,7 +117,7 @@ class Attention(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT):
+    def __call__(self, x_BTD, rotary, segment_ids_BT, mask_BTS, layer_cache, write_BT):
         c = self.config
         D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q = jnp.einsum(
@@ -130,10 +132,11 @@ class Attention(nn.Module):
         q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        if layer_cache is not None:
+        if layer_cache is None:
+            out = checkpoint_name(attend(q, k, v, segment_ids_BT), SAVED_NAME)
+        else:
             layer_cache = layer_cache.write(k, v, write_BT)
-            k, v = layer_cache.k, layer_cache.v
-        out = attend(q, k, v, mask_BTS)
+            out = masked_attention(q, layer_cache.k, layer_cache.v, mask_BTS)
         out = jnp.einsum(
             "bthn,hnd->btd", out, _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
         )
@@ -182,14 +185,16 @@ class Block(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, write_BT, counted_BT):
+    def __call__(
+        self, x_BTD, rotary, segment_ids_BT, mask_BTS=None, layer_cache=None, write_BT=None
+    ):
         c = self.config
         with jax.named_scope("attention"):
             normed = _rms_norm(
                 x_BTD, _scale(self, "input_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
             out, layer_cache = Attention(c, name="attention")(
-                normed, rotary, mask_BTS, layer_cache, write_BT
+                normed, rotary, segment_ids_BT, mask_BTS, layer_cache, write_BT
             )
             x_BTD = x_BTD + out
         with jax.named_scope("mlp"):
@@ -197,7 +202,7 @@ class Block(nn.Module):
                 x_BTD, _scale(self, "post_attention_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
             if c.num_experts:
-                out, load = MoE(c, name="mlp")(normed, counted_BT)
+                out, load = MoE(c, name="mlp")(normed, segment_ids_BT > 0)
             else:
                 out, load = MLP(c, name="mlp")(normed), None
             return x_BTD + out, layer_cache, load
@@ -210,10 +215,7 @@ def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
     inputs = (
         jnp.zeros((1, 1, config.hidden_size), config.compute_dtype),
         rotary_tables(config, positions),
-        jnp.ones((1, 1, 1), bool),
-        None,
-        None,
-        jnp.ones((1, 1), bool),
+        positions,
     )
     layers = jax.vmap(lambda k: Block(config).init(k, *inputs)["params"])(
         jax.random.split(layers_key, config.num_hidden_layers)
@@ -272,23 +274,44 @@ def inference_params(config: Qwen3Config, params: Params) -> Params:
     return convert(params)
 
 
+def compute_params(config: Qwen3Config, params: Params) -> Params:
+    """Stacked parameters with the layers' matrices in the compute type; norm scales stay as is."""
+    cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 2 else x  # noqa: E731
+    return {**params, "layers": jax.tree.map(cast, params["layers"])}
+
+
 def _embed(config: Qwen3Config, params: Params, tokens: jax.Array) -> jax.Array:
     with jax.named_scope("embed"):
-        return params["embed"].astype(config.compute_dtype)[tokens]
+        # Each device looks all rows up in its own columns of the table, and only then are the
+        # results exchanged: the table, and its gradient, are never whole on a device.
+        tokens = constrain(tokens, "data")
+        x = params["embed"][tokens].astype(config.compute_dtype)
+        return constrain(constrain(x, "data", None, "fsdp"), ROW_AXES)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass keeps of a layer, from most memory to least: all of it; the results of
+multiplications by weights; its input and attention's result; its input only."""
 
 
 def _scan_layers(config, params, tokens, positions, segment_ids, remat):
     """Final hidden states of packed rows, and every layer's router load (None when dense)."""
     rotary = rotary_tables(config, positions)
     block = Block(config)
-    mask = causal_segment_mask(segment_ids)
 
     def layer(x, layer_params):
-        variables = {"params": layer_params}
-        x, _, load = block.apply(variables, x, rotary, mask, None, None, segment_ids > 0)
-        return x, load
+        x, _, load = block.apply({"params": layer_params}, x, rotary, segment_ids)
+        return constrain(x, ROW_AXES), load
 
-    layer = jax.checkpoint(layer) if remat else layer
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        # Inside a scan nothing can be merged across layers, so CSE need not be prevented.
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     x, loads = jax.lax.scan(layer, _embed(config, params, tokens), params["layers"])
     return _rms_norm(x, params["final_norm"], config.rms_norm_eps), loads
 
@@ -301,7 +324,7 @@ def forward(
     segment_ids: jax.Array,
     kv_cache: KVCache | None = None,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:
     """Final (normalised) hidden states of every token.
 
@@ -314,7 +337,7 @@ def forward(
         sequences may share a row; 0 marks padding. With a cache, a row is one sequence and
         tokens with id 0 are neither written nor meaningful.
       kv_cache: keys and values of earlier positions; new ones are written at `positions`.
-      remat: recompute each layer's activations in the backward pass.
+      remat: what the backward pass keeps, a key of `REMAT_POLICIES`.
 
     Returns:
       Hidden states [B, T, D] in the compute type, and the updated cache (None without one).
@@ -331,7 +354,7 @@ def forward(
     layer_caches = []
     for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
         x, layer_cache, _ = block.apply(
-            {"params": layer_params}, x, rotary, mask, layer_cache, write, segment_ids > 0
+            {"params": layer_params}, x, rotary, segment_ids, mask, layer_cache, write
         )
         layer_caches.append(layer_cache)
     hidden = _rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -345,7 +368,7 @@ def forward_with_router_loss(
     positions: jax.Array,
     segment_ids: jax.Array,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """`forward` without a cache, and the router's load-balancing loss over the same tokens.
 
