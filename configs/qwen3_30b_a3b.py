@@ -7,7 +7,7 @@ Command, on 16 accelerators of 80 GB or more::
     python -m lopd.main --config=configs/qwen3_30b_a3b.py --workdir=DIR \\
         --config.task.sft_prompts=openthoughts3.parquet \\
         --config.task.opd_prompts=dapo-math-17k.parquet \\
-        --config.task.problems=aime24.jsonl --config.mesh.fsdp=8 --config.mesh.data=1
+        --config.task.problems=aime24.jsonl,aime25.jsonl,hmmt25.jsonl
 
 Teacher Qwen/Qwen3-30B-A3B-Thinking-2507, student Qwen/Qwen3-30B-A3B-Base.
 The paper gives no hours for this pair.

@@ -7,7 +7,7 @@ Command, on 8 accelerators of 80 GB::
     python -m lopd.main --config=configs/qwen3_4b.py --workdir=DIR \\
         --config.task.sft_prompts=openthoughts3.parquet \\
         --config.task.opd_prompts=dapo-math-17k.parquet \\
-        --config.task.problems=aime24.jsonl --config.mesh.fsdp=8 --config.mesh.data=1
+        --config.task.problems=aime24.jsonl,aime25.jsonl,hmmt25.jsonl
 
 Teacher Qwen/Qwen3-8B, student Qwen/Qwen3-4B-Base. The paper spends 20 H100-hours after SFT.
 Expected, pass@1 in % of the paper: AIME24 / AIME25 / HMMT25

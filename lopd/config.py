@@ -11,6 +11,11 @@ from ml_collections import config_dict
 from lopd.errors import UserError
 from lopd.objectives import REDUCTIONS
 
+MATH_PROMPT = (
+    r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
+)
+"""The paper's (arXiv 2604.13010)."""
+
 STAGES = ("teacher", "sft_data", "sft", "precompute", "opd", "control", "eval", "export")
 
 
@@ -72,7 +77,9 @@ def base_config() -> ml_collections.ConfigDict:
                 # Of "math": see lopd.data.sources for what a source may be.
                 "sft_prompts": "",
                 "opd_prompts": "",
-                "problems": "",  # with answers, for evaluation
+                "problems": "",  # with answers, for evaluation; several, separated by commas
+                # What {problem} is put into; "{problem}" leaves prompts as they are, as for code.
+                "prompt": MATH_PROMPT,
                 "thinking": True,  # as the chat template's enable_thinking
             },
             "prompt_length": 1024,  # longest prompt, in tokens
@@ -89,7 +96,11 @@ def base_config() -> ml_collections.ConfigDict:
                 "checkpoint": "",  # Hugging Face checkpoint of the base; random weights without
                 "model": {},  # shape; by default that of the checkpoint
             },
-            "sft_data": sampling_section(),
+            "sft_data": {
+                # Or "given": those of task.sft_prompts, and then sft.teacher says who wrote them.
+                "responses": "sampled",
+                **sampling_section(),
+            },
             "sft": {
                 # Instead of training one: a finished `sft` directory, or a Hugging Face
                 # checkpoint, and then `teacher` says who wrote its data.
@@ -134,6 +145,7 @@ def paper_config() -> ml_collections.ConfigDict:
     config = base_config()
     config.stages = ("sft_data", "sft", "precompute", "opd", "eval", "export")
     config.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)  # weights over all devices
     config.task.name = "math"
     config.task.thinking = True
     config.sft_data.update(prompts=300_000, temperature=0.7, top_p=0.9, response_length=16_384)
@@ -185,6 +197,24 @@ def _check_sampling(name: str, section: ml_collections.ConfigDict) -> None:
     _require(0 < section.top_p <= 1, f"{name}.top_p={section.top_p} must lie in (0, 1]")
 
 
+def _check_given_responses(config: ml_collections.ConfigDict) -> None:
+    responses = config.sft_data.responses
+    _require(
+        responses in ("sampled", "given"),
+        f"sft_data.responses={responses!r} must be 'sampled' or 'given'",
+    )
+    if responses == "given":
+        _require(
+            config.task.name == "math",
+            f"sft_data.responses='given': the task {config.task.name!r} comes without responses",
+        )
+        _require(
+            bool(config.sft.teacher),
+            "sft_data.responses='given': say in sft.teacher who wrote the responses (the method "
+            "needs the teacher that scores to be the same)",
+        )
+
+
 def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None:
     """Checks what can be known before any work.
 
@@ -200,6 +230,11 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     _require(config.prompt_length > 0, f"prompt_length={config.prompt_length} must be positive")
     for name in ("teacher", "sft", "opd", "control"):
         _check_recipe(name, config[name])
+    _require(
+        "{problem}" in config.task.prompt,
+        f"task.prompt={config.task.prompt!r} has no {{problem}} to put the problem in",
+    )
+    _check_given_responses(config)
     _require(config.opd.tau > 0, f"opd.tau={config.opd.tau} must be positive")
     for name in ("sft_data", "precompute", "eval"):
         _check_sampling(name, config[name])

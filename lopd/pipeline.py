@@ -44,6 +44,13 @@ _NEEDS = {
 }
 
 
+def _needs(ctx: Context, stage: str) -> tuple[str, ...]:
+    """The artefacts that a stage reads."""
+    if ctx.given(stage) or ctx.external(stage) or (stage == "sft_data" and sft_data.given(ctx)):
+        return ()
+    return _NEEDS[stage]
+
+
 def _check_writable(workdir: epath.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +62,9 @@ def _check_writable(workdir: epath.Path) -> None:
 
 
 def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
-    return bool(ctx.external("teacher")) or bool({"teacher", "sft_data", "precompute"} & {*stages})
+    if ctx.external("teacher") or {"teacher", "precompute"} & {*stages}:
+        return True
+    return "sft_data" in stages and not sft_data.given(ctx)
 
 
 def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
@@ -91,7 +100,7 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
                 stage.prompts(ctx)
     # A stage reads artefacts that are given, already there, or about to be made.
     for name in stages:
-        for needed in () if ctx.given(name) or ctx.external(name) else _NEEDS[name]:
+        for needed in _needs(ctx, name):
             if not ctx.given(needed) and not ctx.external(needed) and needed not in stages:
                 ctx.input(needed)
     _check_checkpoints(ctx, stages)
@@ -150,21 +159,27 @@ def _run_stage(ctx: Context, name: str, title: str) -> None:
     artefact.finish(outputs)
 
 
-def _print_summary(ctx: Context, stages: list[str]) -> None:
-    """A short table of accuracies, if there are any, and the time that each stage took."""
-    summary = ctx.workdir / "eval" / "summary.json"
-    if summary.exists():
-        results = json.loads(summary.read_text())
-        print(f"\naccuracy on '{results['split']}', 95 % interval")
-        tasks = list(next(iter(results["models"].values())))
-        print(f"{'':10}" + "".join(f"{task:>30}" for task in tasks) + f"{'n':>8}")
+def _print_accuracies(results: dict) -> None:
+    """For each test set a table: models down, ways of sampling across."""
+    first = next(iter(results["models"].values()))
+    for test in dict.fromkeys(task.rpartition("/")[0] for task in first):
+        tasks = [task for task in first if task.rpartition("/")[0] == test]
+        print(f"\naccuracy on {test} ('{results['split']}'), 95 % interval")
+        print(f"{'':10}" + "".join(f"{task.rpartition('/')[2]:>26}{'n':>8}" for task in tasks))
         for model, by_task in results["models"].items():
             cells = "".join(
-                f"{by_task[t]['accuracy']:>14.1%}  "
-                f"[{by_task[t]['ci95'][0]:5.1%}, {by_task[t]['ci95'][1]:5.1%}]"
+                f"{by_task[t]['accuracy']:>10.1%}  "
+                f"[{by_task[t]['ci95'][0]:5.1%}, {by_task[t]['ci95'][1]:5.1%}]{by_task[t]['n']:>8}"
                 for t in tasks
             )
-            print(f"{model:10}{cells}{by_task[tasks[0]]['n']:>8}")
+            print(f"{model:10}{cells}")
+
+
+def _print_summary(ctx: Context, stages: list[str]) -> None:
+    """Accuracies, if there are any, and the time that each stage took."""
+    summary = ctx.workdir / "eval" / "summary.json"
+    if summary.exists():
+        _print_accuracies(json.loads(summary.read_text()))
     seconds = {}
     for name in stages:
         artefact = Artefact(ctx.workdir / name)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import tqdm
 from etils import epath
@@ -20,6 +20,13 @@ def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, 
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.1,
     )
+
+
+def counted(items: Iterable, progress: tqdm.tqdm) -> Iterator:
+    """The items, each counted on the bar as it comes."""
+    for item in items:
+        progress.update()
+        yield item
 
 
 class MetricsFile:

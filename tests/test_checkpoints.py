@@ -1,6 +1,7 @@
 """The stages on Hugging Face checkpoints: random weights, real files, the real tokenizer."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import torch
 import transformers
 from qwen3_tokenizer import qwen3_folder
 from test_pipeline import REPOSITORY, environment, refused
+
+from lopd.artefact import Artefact
+from lopd.cache.reader import Records
+from lopd.data.tokenizers import load_tokenizer
 
 CONFIG = REPOSITORY / "configs" / "qwen3_8b.py"
 SETTINGS = {
@@ -103,7 +108,10 @@ def test_all_stages_run_and_the_student_generates_in_transformers(files, finishe
     assert out.shape[1] > ids["input_ids"].shape[1]
     models = json.loads((finished / "eval" / "summary.json").read_text())["models"]
     assert list(models) == ["teacher", "base", "sft", "opd"]
-    assert models["opd"]["math/sampled"]["n"] == 6 and "pass@2" in models["opd"]["math/sampled"]
+    assert (
+        models["opd"]["problems/sampled"]["n"] == 6
+        and "pass@2" in models["opd"]["problems/sampled"]
+    )
     # The weights moved: the export is not the base checkpoint.
     base = transformers.AutoModelForCausalLM.from_pretrained(files / "student")
     assert not torch.equal(base.model.norm.weight, model.model.norm.weight)
@@ -113,11 +121,39 @@ def test_eval_of_a_checkpoint_alone(files, tmp_path):
     changes = dict(
         teacher__checkpoint="", student__checkpoint="", sft__checkpoint=files / "student"
     )
-    done = run(files, tmp_path, "eval", **changes)
+    two = f"{files / 'problems.jsonl'},{files / 'opd.jsonl'}?prompt=problem&answer=answer"
+    done = run(files, tmp_path, "eval", task__problems=two, **changes)
     assert done.returncode == 0, done.stderr
     models = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"]
     assert list(models) == ["sft"]
-    assert len((tmp_path / "eval" / "responses_sft.jsonl").read_text().splitlines()) == 9
+    counts = {test: result["n"] for test, result in models["sft"].items()}
+    assert counts == {
+        "problems/greedy": 3,
+        "opd/greedy": 9,
+        "problems/sampled": 6,
+        "opd/sampled": 18,
+    }
+    assert len((tmp_path / "eval" / "responses_sft.jsonl").read_text().splitlines()) == 36
+
+
+def test_sft_on_responses_that_came_with_the_prompts(files, tmp_path):
+    """No teacher is loaded; another teacher than the one declared may not score."""
+    rows = [{"prompt": f"What is {i}?", "response": "It is " * i + f"{i}."} for i in range(8)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    changes = dict(sft_data__responses="given", task__sft_prompts=tmp_path / "given.jsonl")
+    refused(run(files, tmp_path / "w", "sft_data", **changes), "sft.teacher")
+    changes |= dict(sft__teacher="QwQ")
+    done = run(files, tmp_path / "w", "sft_data,sft", teacher__checkpoint="", **changes)
+    assert done.returncode == 0, done.stderr
+    records = Records(Artefact(tmp_path / "w" / "sft_data"))
+    tokenizer = load_tokenizer(str(files / "student"))
+    for record in (records[i] for i in range(len(records))):
+        prompt = tokenizer.decode(record["prompt_tokens"])
+        number = int(re.search(r"What is (\d+)\?", prompt).group(1))
+        expected = [*tokenizer.encode(rows[number]["response"]), tokenizer.end_id]
+        assert record["response_tokens"].tolist() == expected[:12]
+        assert record["finished"] == (len(expected) <= 12)
+    refused(run(files, tmp_path / "w", "precompute", **changes), "teacher QwQ wrote the SFT data")
 
 
 def test_sft_model_from_elsewhere_needs_its_teacher_declared(files, tmp_path):

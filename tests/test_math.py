@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pytest
 
+from lopd.config import MATH_PROMPT
 from lopd.errors import UserError
 from lopd.tasks import math as math_task
 from lopd.tasks import metrics
-from lopd.tasks.math import Grader, Verdict, boxed_answer, load_problems
+from lopd.tasks.math import Grader, Verdict, boxed_answer, load_tests
 
 PROBLEMS = str(pathlib.Path(__file__).parent / "data" / "aime_like.jsonl")
 HANGS = "9^{9^{9^{9}}}"
@@ -29,25 +30,25 @@ def grader():
 
 
 def test_problems_are_read_with_the_papers_prompt():
-    problems = load_problems(PROBLEMS)
+    problems = load_tests(PROBLEMS, MATH_PROMPT)
     assert [(p.problem_id, p.answer) for p in problems] == [
         (0, "001"),
         (1, r"\frac{3}{2}"),
         (2, r"\sqrt{5}, -\sqrt{5}"),
     ]
-    assert problems[2].messages == [
+    assert problems[2].messages == (
         {
             "role": "user",
             "content": "Question: Find all real $x$ with $x^2 = 5$. Please reason step by step, "
             r"and put your final answer within \boxed{}.",
-        }
-    ]
+        },
+    )
 
 
 def test_problem_without_answer_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": "b"}\n')
     with pytest.raises(UserError, match=r"p\.jsonl: problem 1 \('b'…\) has no answer"):
-        load_problems(str(tmp_path / "p.jsonl"))
+        load_tests(str(tmp_path / "p.jsonl"), "{problem}")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_every_stage_runs_and_says_so(whole):
     workdir, done = whole
     for number, stage in enumerate(STAGES, start=1):
         assert f"[{number}/8] {stage}" in done.stdout
-    assert "accuracy on 'test'" in done.stdout and "seconds: teacher" in done.stdout
+    assert "accuracy on addition ('test')" in done.stdout and "seconds: teacher" in done.stdout
     models = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
     assert list(models) == ["teacher", "base", "sft", "control", "opd"]
     for tasks in models.values():

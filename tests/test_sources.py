@@ -1,7 +1,6 @@
 """Prompt and SFT sources: every kind of file and schema, and one clear error for each mistake."""
 
 import json
-import re
 
 import numpy as np
 import pyarrow
@@ -9,11 +8,10 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from qwen3_tokenizer import qwen3_folder
 
+from lopd.config import MATH_PROMPT
 from lopd.data import sources
-from lopd.data.sources import Columns, load_examples
-from lopd.data.tokenizers import load_tokenizer
+from lopd.data.sources import load_examples
 from lopd.errors import UserError
 
 DAPO_TEXT = (
@@ -93,8 +91,13 @@ def test_multi_turn_and_system_messages(tmp_path):
 
 def test_column_map(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "1+1?", "meta": {"final": 2.5}, "r": "two"}])
-    columns = Columns("q", answer="meta.final", response="r")
-    assert [summary(e) for e in load_examples(path, columns=columns)] == [("1+1?", "2.5", "two")]
+    mapped = f"{path}?prompt=q&answer=meta.final&response=r"
+    assert [summary(e) for e in load_examples(mapped)] == [("1+1?", "2.5", "two")]
+    assert [summary(e) for e in load_examples(f"{path}?prompt=q")] == [("1+1?", None, None)]
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no column 'question'; it has \['meta'"):
+        load_examples(f"{path}?prompt=question")
+    with pytest.raises(UserError, match="the column map is not"):
+        load_examples(f"{path}?prompt=q&solution=r")
 
 
 def tfds_folder(path, features, rows, name="prompts"):
@@ -226,27 +229,9 @@ def test_bad_sources_are_one_clear_error(tmp_path):
         load_examples(numbered(tmp_path, 10), count=11)
 
 
-def test_long_prompt_is_named_with_its_length(tmp_path):
-    tokenizer = load_tokenizer(str(qwen3_folder()))
-    rows = [{"prompt": "hi"}, {"prompt": "one " * 50}, {"prompt": "two " * 60}]
-    examples = load_examples(write_jsonl(tmp_path / "l.jsonl", rows))
-    prompts = sources.tokenize_prompts(examples, tokenizer, thinking=True, limit=200)
-    assert prompts == [tokenizer.render(e.messages, thinking=True) for e in examples]
-    n = len(prompts[1])
-    message = (
-        rf"prompt 1 \(id {examples[1].example_id}, .* has {n} tokens, the limit is {n - 1}; 2 of 3"
-    )
-    with pytest.raises(UserError, match=message):
-        sources.tokenize_prompts(examples, tokenizer, thinking=True, limit=n - 1)
-
-
-def test_math_prompt_is_the_papers():
+def test_prompt_template_is_filled_and_dapos_instructions_are_taken_off():
     tail = r" Please reason step by step, and put your final answer within \boxed{}."
-    assert sources.math_prompt("Find $x$.\n") == "Question: Find $x$." + tail
+    assert sources.fill_prompt(MATH_PROMPT, "Find $x$.\n") == "Question: Find $x$." + tail
     unwrapped = "Question: Find $x$.\n\nIt is an\n\ninteger." + tail
-    assert sources.math_prompt(DAPO_TEXT) == unwrapped
-    (example,) = sources.rewrite_prompts(
-        [sources.to_example({"prompt": DAPO_TEXT}, Columns("prompt"), "here")], sources.math_prompt
-    )
-    assert example.messages == ({"role": "user", "content": unwrapped},)
-    assert re.fullmatch("[0-9a-f]{16}", example.example_id)
+    assert sources.fill_prompt(MATH_PROMPT, DAPO_TEXT) == unwrapped
+    assert sources.fill_prompt("{problem}", DAPO_TEXT) == DAPO_TEXT.strip()

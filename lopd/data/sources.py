@@ -7,8 +7,8 @@ A source is one of
     tfds:NAME[/CONFIG][:VERSION]  a dataset prepared in TFDS's data directory
 
 and a row is one example. Known schemas are found by their columns (`SCHEMAS`); anything else needs
-a column map. Rows are read one by one: a source may be larger than memory, the examples kept from
-it may not.
+a column map behind the source, `SOURCE?prompt=COLUMN&answer=COLUMN&response=COLUMN`. Rows are read
+one by one: a source may be larger than memory, the examples kept from it may not.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import heapq
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 
 Messages = tuple[dict[str, str], ...]
@@ -212,7 +212,8 @@ def find_columns(row: Mapping, where: str) -> Columns:
     answered = [s for s in prompts if s.answer and _get(row, s.answer) is not None]
     if not prompts:
         raise UserError(
-            f"{where}: unknown columns {sorted(row)}; say in a column map which holds the prompt"
+            f"{where}: unknown columns {sorted(row)}; say which holds the prompt by putting "
+            "?prompt=COLUMN&answer=COLUMN behind the source"
         )
     return (answered or prompts)[0]
 
@@ -258,13 +259,32 @@ def to_example(row: Mapping, columns: Columns, where: str) -> Example:
     return Example(messages, answer, response, prompt_digest(messages))
 
 
-def read_examples(source: str, columns: Columns | None = None) -> Iterator[Example]:
+def split_column_map(source: str) -> tuple[str, Columns | None]:
+    """The source without its column map, and the map, if it has one.
+
+    Raises:
+      UserError: if the map names anything but prompt, answer and response.
+    """
+    location, mark, text = source.rpartition("?prompt=")
+    if not mark:
+        return source, None
+    try:
+        pairs = urllib.parse.parse_qs("prompt=" + text, strict_parsing=True)
+        return location, Columns(**{name: values[0] for name, values in pairs.items()})
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{source}: the column map is not ?prompt=COLUMN&answer=COLUMN&response=COLUMN"
+        ) from error
+
+
+def read_examples(source: str) -> Iterator[Example]:
     """The examples of a source, in its order; the first row's schema holds for all.
 
     Raises:
       UserError: if the source or a row of it cannot be read or understood.
     """
-    for where, row in read_rows(source):
+    location, columns = split_column_map(source)
+    for where, row in read_rows(location):
         columns = columns or find_columns(row, where)
         yield to_example(row, columns, where)
 
@@ -291,42 +311,19 @@ def sample(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
     return heapq.nsmallest(count, examples, key=place)
 
 
-def load_examples(
-    source: str, *, count: int = 0, seed: int = 0, columns: Columns | None = None
-) -> list[Example]:
+def load_examples(source: str, *, count: int = 0, seed: int = 0) -> list[Example]:
     """The distinct prompts of a source, in its order; or `count` of them, drawn with a seed.
 
     Raises:
       UserError: if the source cannot be read, is empty, or has fewer prompts than asked for.
     """
-    examples = deduplicate(read_examples(source, columns))
+    examples = deduplicate(read_examples(source))
     chosen = sample(examples, count, seed) if count else list(examples)
     if not chosen:
         raise UserError(f"{source}: holds no prompts")
     if len(chosen) < count:
         raise UserError(f"{source}: {count} prompts asked for, but it holds {len(chosen)} distinct")
     return chosen
-
-
-def tokenize_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, thinking: bool, limit: int
-) -> list[list[int]]:
-    """The token ids of every prompt, by the checkpoint's chat template.
-
-    Raises:
-      UserError: if a prompt has more than `limit` tokens, naming the first.
-    """
-    prompts = [tokenizer.render(e.messages, thinking=thinking) for e in examples]
-    long = [i for i, ids in enumerate(prompts) if len(ids) > limit]
-    if long:
-        i = long[0]
-        raise UserError(
-            f"prompt {i} (id {examples[i].example_id}, "
-            f"{examples[i].messages[-1]['content'][:40]!r}…) has {len(prompts[i])} tokens, the "
-            f"limit is {limit}; {len(long)} of {len(prompts)} prompts are longer: "
-            "raise the limit, or drop them from the source"
-        )
-    return prompts
 
 
 _DAPO_WRAPPER = re.compile(
@@ -336,25 +333,11 @@ _DAPO_WRAPPER = re.compile(
 )
 
 
-def math_prompt(problem: str) -> str:
-    r"""The paper's prompt for a math problem (arXiv 2604.13010).
+def fill_prompt(template: str, text: str) -> str:
+    """The template with the text in place of `{problem}`.
 
     The instructions that DAPO-Math-17k wraps around its problems ask for another form of answer
-    and are taken off first.
+    than the paper's prompt, and are taken off first; the template "{problem}" leaves all as it is.
     """
-    wrapped = _DAPO_WRAPPER.fullmatch(problem)
-    problem = (wrapped.group(1) if wrapped else problem).strip()
-    return (
-        f"Question: {problem} Please reason step by step, and put your final answer within "
-        r"\boxed{}."
-    )
-
-
-def rewrite_prompts(
-    examples: Iterable[Example], rewrite: Callable[[str], str]
-) -> Iterator[Example]:
-    """The examples with the text of their last turn rewritten, by `math_prompt` for one."""
-    for example in examples:
-        last = example.messages[-1]
-        messages = (*example.messages[:-1], {**last, "content": rewrite(last["content"])})
-        yield dataclasses.replace(example, messages=messages, example_id=prompt_digest(messages))
+    wrapped = _DAPO_WRAPPER.fullmatch(text) if template != "{problem}" else None
+    return template.replace("{problem}", (wrapped.group(1) if wrapped else text).strip())

@@ -1,7 +1,7 @@
 """Qwen3 in Hugging Face's format, in and out: one table says where every tensor goes.
 
-Weights travel one tensor at a time, from the file straight into their sharding on the mesh and
-back, so that the host never holds a model.
+Weights travel one tensor at a time from the files straight into their sharding on the mesh, and
+one file at a time back, so that the host never holds a model.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from lopd.models.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
+"""Export holds one shard in host memory."""
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -378,7 +379,7 @@ def load_checkpoint(
         param: jnp.zeros(leaf.shape, param_dtype, device=shardings[param][0])
         for param, leaf in flatten_dict(qwen3.abstract_params(config)).items()
     }
-    for name, tensor in sorted(stored.items(), key=lambda x: (str(x[1].path), x[1].offset)):
+    for name, tensor in sorted(stored.items(), key=lambda x: (str(x[1].path), x[0])):
         place = places[name]
         sharding, file_sharding = shardings[place.param]
         params[place.param] = _insert(
@@ -439,7 +440,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that Transformers' `from_pretrained` loads; the host holds one tensor.
+    """Writes a folder that Transformers' `from_pretrained` loads; the host holds one file of it.
 
     Args:
       path: the folder; it must exist.
@@ -470,7 +471,7 @@ def save_checkpoint(
     if count > 1:
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for file, shapes in zip(files, shards, strict=True):
-        safetensors_file.write(path / file, shapes, dtype, load)
+        safetensors_file.write(path / file, {name: load(name) for name in shapes})
     if count > 1:
         total = sum(math.prod(place.shape) for place in places.values()) * dtype.itemsize
         weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}

@@ -1,17 +1,16 @@
-"""The safetensors format, one tensor at a time.
+"""Tensors in safetensors files, one at a time in and one file at a time out."""
 
-The `safetensors` package maps or returns whole files. Here a tensor is read or written by its
-place in the file, so that host memory holds one tensor, and any path that `epath` opens will do.
-A file is: the header's length (8 bytes, little-endian), the header (JSON), the data.
-"""
-
+import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 from etils import epath
 
 from lopd.artefact import sync
@@ -22,7 +21,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The number types that weights come in, by their name in the header."""
+"""The number types that weights come in, by their name in a file."""
+
+_READ_BYTES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,96 +31,67 @@ class StoredTensor:
     """Where a tensor lies, and what it is."""
 
     path: epath.Path
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int
-    """Bytes from the start of the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """Its values; one copy on the host."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            buffer = np.empty(self.nbytes + 64, np.uint8)
-            # JAX takes over an array on a CPU device without a copy if it lies on 64 bytes.
-            start = -buffer.ctypes.data % 64
-            buffer = buffer[start : start + self.nbytes]
-            file.readinto(buffer.data)
-            return buffer.view(self.dtype).reshape(self.shape)
+        # JAX takes over an array on a CPU device without a copy if it lies on 64 bytes.
+        nbytes = math.prod(self.shape) * self.dtype.itemsize
+        buffer = np.empty(nbytes + 64, np.uint8)
+        start = -buffer.ctypes.data % 64
+        values = buffer[start : start + nbytes].view(self.dtype).reshape(self.shape)
+        step = max(1, _READ_BYTES * self.shape[0] // nbytes)
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, min(first + step, self.shape[0]))
+            # Opened anew each time: pages of a mapped file count as ours until it is closed.
+            with safetensors.safe_open(self.path, "numpy") as file:
+                values[rows] = file.get_slice(self.name)[rows]
+        return values
 
 
 def read_header(path: epath.Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, by name; reads no values.
+    """The tensors of a local file, by name; reads no values.
 
     Raises:
       UserError: if the file is cut short or is not safetensors, or holds a type that is not in
         DTYPES.
     """
-    size = path.stat().length
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            raise UserError(
-                f"{path} has {size} bytes, too few for its header: it is cut short or not "
-                "safetensors; download it again"
-            )
-        text = file.read(length)
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != end:
+        with safetensors.safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            types = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
         raise UserError(
-            f"{path} has {size} bytes, its header says {end}: it is cut short or damaged; "
-            "download it again"
-        )
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+            f"{path} is cut short, damaged or not a safetensors file ({error}); download it again"
+        ) from error
+    for name, found in types.items():
+        if found not in DTYPES:
             raise UserError(
-                f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} can be "
-                "read (no quantised weights)"
+                f"{path}: {name} is stored as {found}; only {', '.join(DTYPES)} can be read (no "
+                "quantised weights)"
             )
-        tensors[name] = StoredTensor(
-            path,
-            tuple(entry["shape"]),
-            DTYPES[entry["dtype"]],
-            8 + length + entry["data_offsets"][0],
-        )
-    return tensors
+    return {name: StoredTensor(path, name, shapes[name], DTYPES[types[name]]) for name in shapes}
 
 
-def write(
-    path: epath.Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    load: Callable[[str], np.ndarray],
-) -> None:
-    """Writes a file, asking `load` for each tensor when its turn comes.
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[str]:
+    """A local file to write, which ends up at `path`: itself, or a copy where that is a URL."""
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        sync(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = epath.Path(folder) / path.name
+        yield os.fspath(file)
+        file.copy(path, overwrite=True)
 
-    Args:
-      path: the file.
-      shapes: the shape of every tensor, in the order of the file.
-      dtype: the type of all of them, one of DTYPES.
-      load: from name to values.
-    """
-    type_name = next(name for name, known in DTYPES.items() if known == dtype)
+
+def write(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file."""
     # The metadata is how Transformers knows PyTorch's [out, in] layout.
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": type_name, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            file.write(np.ascontiguousarray(load(name)).view(np.uint8).data)
-    sync(path)
+    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    with _local(path) as file:
+        safetensors.numpy.save_file(contiguous, file, metadata={"format": "pt"})

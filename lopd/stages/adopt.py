@@ -10,6 +10,7 @@ from lopd.artefact import Artefact
 from lopd.context import Context
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf
+from lopd.stages.common import declared_teacher
 
 MODELS = {"teacher": "teacher", "sft": "student"}
 
@@ -21,17 +22,8 @@ def settings(ctx: Context, name: str) -> dict:
 
 
 def inputs(ctx: Context, name: str) -> dict:
-    """For `sft`, the teacher that is declared to have written its data.
-
-    The same name as `teacher.checkpoint` stands for that teacher's weights; another name stays a
-    name, which equals no fingerprint.
-    """
-    if name == "teacher":
-        return {}
-    declared = ctx.config.sft.teacher
-    if declared and declared == ctx.config.teacher.checkpoint:
-        declared = ctx.input("teacher").outputs["fingerprint"]
-    return {"teacher": declared or "not declared"}
+    """For `sft`, the teacher that is declared to have written its data."""
+    return {} if name == "teacher" else {"teacher": declared_teacher(ctx)}
 
 
 def run(ctx: Context, artefact: Artefact, name: str) -> dict:

@@ -34,9 +34,22 @@ def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
     return {
         "seed": config["seed"],
         "tokenizer": ctx.tokenizer.fingerprint,
+        "chat_template": ctx.tokenizer.template_fingerprint,
         section: own,
         **{key: config[key] for key in shared},
     }
+
+
+def declared_teacher(ctx: Context) -> str:
+    """Who is declared, in `sft.teacher`, to have written the SFT data.
+
+    The same name as `teacher.checkpoint` stands for that teacher's weights; another name stays a
+    name, which equals no fingerprint.
+    """
+    declared = ctx.config.sft.teacher
+    if declared and declared == ctx.config.teacher.checkpoint:
+        return ctx.input("teacher").outputs["fingerprint"]
+    return declared or "not declared"
 
 
 def model_settings(ctx: Context, which: str) -> dict:

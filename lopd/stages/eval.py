@@ -1,6 +1,7 @@
 """`eval`: greedy and sampled accuracy of every model of the run, with 95 % intervals."""
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,8 +9,8 @@ from lopd import shutdown
 from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
 from lopd.models.qwen3 import Params
-from lopd.progress import bar
-from lopd.sampling.engine import Request
+from lopd.progress import bar, counted
+from lopd.sampling.engine import Request, Response
 from lopd.stages import common
 from lopd.tasks import Problem, metrics
 
@@ -32,11 +33,14 @@ def inputs(ctx: Context) -> dict:
     return {name: found[name] for name in MODELS if name in found}
 
 
-def prompts(ctx: Context) -> tuple[list[Problem], list[Request]]:
-    """The problems of the evaluation split, and a request for each sample of each."""
+def prompts(ctx: Context) -> dict[str, tuple[list[Problem], list[Request]]]:
+    """For each test set: its problems, and a request for each sample of each."""
     recipe = ctx.config.eval
-    problems = ctx.task.problems(recipe.split, recipe.prompts, ctx.seed("eval problems"))
-    return common.make_requests(ctx, problems, recipe.samples)
+    tests = ctx.task.tests(recipe.split, recipe.prompts, ctx.seed("eval problems"))
+    return {
+        name: common.make_requests(ctx, problems, recipe.samples)
+        for name, problems in tests.items()
+    }
 
 
 def _params(ctx: Context, name: str) -> Params:
@@ -45,56 +49,62 @@ def _params(ctx: Context, name: str) -> Params:
     return ctx.load_params(name, MODELS[name])
 
 
+def _grade_one(
+    ctx: Context, problems: list[Problem], responses: Iterable[Response], samples: int
+) -> tuple[dict, list[dict]]:
+    """Accuracy over the responses to one test set, and a line for each of them."""
+    correct = np.zeros((len(problems), samples), bool)
+    labels = np.full(correct.shape, None, object)
+    tokens, finished, lines = 0, 0, []
+    for response in responses:
+        shutdown.check()
+        place = divmod(response.index, samples)
+        problem, text = problems[place[0]], ctx.tokenizer.decode(response.tokens)
+        if response.finished:
+            verdict = ctx.task.grade(problem, text)
+            correct[place], labels[place] = verdict.correct, verdict.label
+        tokens += len(response.tokens)
+        finished += response.finished
+        lines.append(
+            {
+                "problem": place[0],
+                "sample": place[1],
+                "prompt": problem.prompt,
+                "response": text,
+                "answer": problem.answer,
+                "correct": bool(correct[place]),
+                "finished": response.finished,
+            }
+        )
+    per_problem = metrics.average(correct)
+    result = {
+        "accuracy": float(per_problem.mean()),
+        "n": correct.size,
+        "ci95": list(metrics.clustered_interval(per_problem)),
+        "mean_response_tokens": tokens / correct.size,
+        "finished": finished / correct.size,
+        **(metrics.summarize(correct, labels.tolist()) if samples > 1 else {}),
+    }
+    return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
+
+
 def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
-    problems, wanted = prompts(ctx)
-    params = _params(ctx, name)
-    greedy = [r for r in wanted if r.sample_id == 0]
-    modes = {"greedy": (0.0, greedy), "sampled": (ctx.config.eval.temperature, wanted)}
-    progress = bar(total=len(greedy) + len(wanted), label=f"eval {name}", unit="responses")
+    tests, params = prompts(ctx), _params(ctx, name)
+    total = sum(len(problems) + len(wanted) for problems, wanted in tests.values())
+    progress = bar(total=total, label=f"eval {name}", unit="responses")
     results, lines = {}, []
-    for mode, (temperature, requests) in modes.items():
+    modes = {"greedy": (0.0, 1), "sampled": (ctx.config.eval.temperature, ctx.config.eval.samples)}
+    for mode, (temperature, samples) in modes.items():
         sample = common.sampler(
             ctx, MODELS[name], params, ctx.config.eval, "eval sampling", temperature
         )
-        shape = (len(problems), len(requests) // len(problems))
-        correct, labels = np.zeros(shape, bool), np.full(shape, None, object)
-        tokens, finished = 0, 0
-        for response in sample(requests):
-            shutdown.check()
-            place = divmod(response.index, shape[1])
-            problem = problems[place[0]]
-            text = ctx.tokenizer.decode(response.tokens)
-            if response.finished:
-                verdict = ctx.task.grade(problem, text)
-                correct[place], labels[place] = verdict.correct, verdict.label
-            tokens += len(response.tokens)
-            finished += response.finished
-            lines.append(
-                {
-                    "mode": mode,
-                    "problem": place[0],
-                    "sample": place[1],
-                    "prompt": problem.prompt,
-                    "response": text,
-                    "answer": problem.answer,
-                    "correct": bool(correct[place]),
-                    "finished": response.finished,
-                }
-            )
-            progress.update()
-        per_problem = metrics.average(correct)
-        results[f"{ctx.task.name}/{mode}"] = {
-            "accuracy": float(per_problem.mean()),
-            "n": correct.size,
-            "ci95": list(metrics.clustered_interval(per_problem)),
-            "temperature": temperature,
-            "mean_response_tokens": tokens / correct.size,
-            "finished": finished / correct.size,
-            **(metrics.summarize(correct, labels.tolist()) if shape[1] > 1 else {}),
-        }
+        for test, (problems, wanted) in tests.items():
+            responses = sample([r for r in wanted if r.sample_id < samples])
+            result, graded = _grade_one(ctx, problems, counted(responses, progress), samples)
+            results[f"{test}/{mode}"] = {**result, "temperature": temperature}
+            lines += [{"test": test, "mode": mode, **line} for line in graded]
     progress.close()
-    lines.sort(key=lambda line: (line["mode"], line["problem"], line["sample"]))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(artefact.path / f"responses_{name}.jsonl", text)
     return results

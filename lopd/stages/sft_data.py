@@ -1,10 +1,21 @@
-"""`sft_data`: the teacher answers the SFT prompts."""
+"""`sft_data`: the answers that SFT learns from, by the teacher or as they came with the prompts."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from lopd.artefact import Artefact
 from lopd.cache.schema import RESPONSE_FIELDS
 from lopd.context import Context
-from lopd.sampling.engine import Request
+from lopd.errors import UserError
+from lopd.sampling.engine import Request, Response
 from lopd.stages import common
+from lopd.tasks import Problem
+
+
+def given(ctx: Context) -> bool:
+    """Whether the responses are those of `task.sft_prompts`, so that no teacher is needed."""
+    return ctx.config.sft_data.responses == "given"
 
 
 def settings(ctx: Context) -> dict:
@@ -13,26 +24,54 @@ def settings(ctx: Context) -> dict:
 
 
 def inputs(ctx: Context) -> dict:
-    """The teacher that writes it."""
+    """The teacher that writes it, or is declared to have written it."""
+    if given(ctx):
+        return {"teacher": common.declared_teacher(ctx)}
     return {"teacher": ctx.input("teacher").outputs["fingerprint"]}
 
 
-def prompts(ctx: Context) -> list[Request]:
-    """One request per SFT prompt and sample."""
+def prompts(ctx: Context) -> tuple[list[Problem], list[Request]]:
+    """The SFT problems, and a request for each sample of each."""
     recipe = ctx.config.sft_data
     problems = ctx.task.problems("sft", recipe.prompts, ctx.seed("sft problems"))
-    return common.make_requests(ctx, problems, recipe.samples)[1]
+    return common.make_requests(ctx, problems, recipe.samples)
+
+
+def _given_responses(
+    ctx: Context, problems: Sequence[Problem], requests: Sequence[Request]
+) -> Iterator[Response]:
+    """The responses that the problems came with, as if sampled; one over the cap is cut there."""
+    by_id = {problem.problem_id: problem for problem in problems}
+    cap = ctx.config.sft_data.response_length
+    for index, request in enumerate(requests):
+        problem = by_id[request.prompt_id]
+        if not problem.response:
+            raise UserError(
+                f"{ctx.config.task.sft_prompts}: prompt {problem.problem_id} "
+                f"({problem.prompt[:40]!r}…) has no response to learn from"
+            )
+        tokens = [*ctx.tokenizer.encode(problem.response), ctx.tokenizer.end_id]
+        finished, tokens = len(tokens) <= cap, np.asarray(tokens[:cap], np.int32)
+        unknown = np.zeros(0, np.float32)
+        yield Response(index, request, tokens, unknown, unknown, finished)
 
 
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and stores; `teacher` in the outputs says who wrote the data."""
-    params = ctx.load_params("teacher", "teacher")
-    totals = common.write_responses(
-        ctx,
-        artefact,
-        RESPONSE_FIELDS,
-        prompts(ctx),
-        common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling"),
-        lambda responses: [common.response_record(r) for r in responses],
-    )
+    problems, requests = prompts(ctx)
+    fields = dict(RESPONSE_FIELDS)
+    if given(ctx):
+        del fields["behaviour_logprobs"]
+
+        def answer(wanted: Sequence[Request]) -> Iterator[Response]:
+            return _given_responses(ctx, problems, wanted)
+    else:
+        params = ctx.load_params("teacher", "teacher")
+        answer = common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling")
+
+    def to_records(responses: list[Response]) -> list[dict]:
+        records = [common.response_record(r) for r in responses]
+        return [{name: record[name] for name in fields} for record in records]
+
+    totals = common.write_responses(ctx, artefact, fields, requests, answer, to_records)
     return {**totals, "teacher": inputs(ctx)["teacher"]}

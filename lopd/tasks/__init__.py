@@ -23,7 +23,10 @@ class Task(Protocol):
     name: str
 
     def problems(self, split: str, count: int, seed: int) -> Iterator[Problem]:
-        """`count` problems of a split ("sft", "opd", "dev", "test"), drawn with a seed."""
+        """`count` problems to train on, of the split "sft" or "opd", drawn with a seed."""
+
+    def tests(self, split: str, count: int, seed: int) -> dict[str, list[Problem]]:
+        """Named sets of at most `count` problems to evaluate on, of the split "dev" or "test"."""
 
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
         """The prompt's token ids."""

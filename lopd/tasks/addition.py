@@ -97,6 +97,10 @@ class Addition:
         """The problems of `split_ids`, in its order."""
         return (self.problem(int(i)) for i in self.split_ids(split, count, seed))
 
+    def tests(self, split: str, count: int, seed: int) -> dict[str, list[Problem]]:
+        """One set, named as the task."""
+        return {self.name: list(self.problems(split, count, seed))}
+
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
         """The prompt as it stands."""
         return tokenizer.encode(problem.prompt)

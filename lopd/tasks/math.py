@@ -1,4 +1,4 @@
-r"""Mathematics with checkable answers (AIME, HMMT): the paper's prompt, graded by math-verify.
+r"""Prompts from files, and mathematics with checkable answers (AIME, HMMT) by math-verify.
 
 The answer is what the last `\boxed{…}` of a response holds. math-verify decides whether it equals
 the reference; it runs in a process of its own, because there are short answers that it never
@@ -8,7 +8,6 @@ finishes, and those must cost a time limit and not the run.
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
 import json
 import pathlib
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from lopd.data.sources import Columns, load_examples, math_prompt, rewrite_prompts
+from lopd.data.sources import Example, Messages, fill_prompt, load_examples, split_column_map
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 from lopd.tasks.metrics import Verdict
@@ -29,30 +28,38 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class MathProblem:
-    """One problem: its place in the file, the whole user message, and the reference answer."""
+    """One problem: its place in the source, the conversation that asks it, and what is known."""
 
     problem_id: int
-    prompt: str
-    answer: str
+    messages: Messages
+    answer: str | None
+    response: str | None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation to render."""
-        return [{"role": "user", "content": self.prompt}]
+    def prompt(self) -> str:
+        """The text of the last turn."""
+        return self.messages[-1]["content"]
 
 
-def load_problems(source: str, columns: Columns | None = None) -> list[MathProblem]:
-    """The problems of a source (see `lopd.data.sources`), in its order, in the paper's prompt.
+def _to_problem(problem_id: int, example: Example, template: str) -> MathProblem:
+    last = example.messages[-1]
+    asked = {**last, "content": fill_prompt(template, last["content"])}
+    messages = (*example.messages[:-1], asked)
+    return MathProblem(problem_id, messages, example.answer, example.response)
+
+
+def load_tests(source: str, template: str) -> list[MathProblem]:
+    """The problems of a source (see `lopd.data.sources`), in its order, each with its answer.
 
     Raises:
       UserError: if the source cannot be read, or a problem has no answer.
     """
     problems = []
-    for i, example in enumerate(load_examples(source, columns=columns)):
-        text = example.messages[-1]["content"]
+    for i, example in enumerate(load_examples(source)):
         if example.answer is None:
+            text = example.messages[-1]["content"]
             raise UserError(f"{source}: problem {i} ({text[:40]!r}…) has no answer to grade by")
-        problems.append(MathProblem(i, math_prompt(text), example.answer))
+        problems.append(_to_problem(i, example, template))
     return problems
 
 
@@ -155,7 +162,10 @@ class Grader:
 
 
 class Math:
-    """Math problems of files or datasets: `task.sft_prompts`, `opd_prompts` and `problems`."""
+    """Problems of files or datasets: `task.sft_prompts`, `opd_prompts` and `problems`.
+
+    `task.problems` may name several sources, separated by commas.
+    """
 
     name = "math"
 
@@ -163,26 +173,37 @@ class Math:
         self._settings = settings
         self._grader: Grader | None = None
 
-    def problems(self, split: str, count: int, seed: int) -> Iterator[MathProblem]:
-        """The problems of a source: `count` drawn with the seed, or all, in order, for 0.
+    def _source(self, key: str) -> str:
+        if not self._settings[key]:
+            raise UserError(
+                f"task.{key} is not set: a JSONL or Parquet file, a TFDS name or folder"
+            )
+        return self._settings[key]
 
-        Evaluation problems (any other split than "sft" and "opd") come in the file's order.
+    def problems(self, split: str, count: int, seed: int) -> Iterator[MathProblem]:
+        """The prompts of a source: `count` drawn with the seed, or all, in order, for 0.
 
         Raises:
           UserError: if the source is not set or cannot be read.
         """
-        key = {"sft": "sft_prompts", "opd": "opd_prompts"}.get(split, "problems")
-        source = self._settings[key]
-        if not source:
-            raise UserError(
-                f"task.{key} is not set: a JSONL or Parquet file, a TFDS name or folder"
-            )
-        if key == "problems":
-            yield from itertools.islice(load_problems(source), count or None)
-            return
-        examples = load_examples(source, count=count, seed=seed)
-        for i, example in enumerate(rewrite_prompts(examples, math_prompt)):
-            yield MathProblem(i, example.messages[-1]["content"], example.answer or "")
+        examples = load_examples(self._source(f"{split}_prompts"), count=count, seed=seed)
+        for i, example in enumerate(examples):
+            yield _to_problem(i, example, self._settings.prompt)
+
+    def tests(self, split: str, count: int, seed: int) -> dict[str, list[MathProblem]]:
+        """The first `count` problems of every source (all for 0), by the name of its file.
+
+        Raises:
+          UserError: if a source is not set or cannot be read, or two have the same name.
+        """
+        del split, seed
+        tests = {}
+        for source in self._source("problems").split(","):
+            name = pathlib.Path(split_column_map(source)[0]).stem
+            if name in tests:
+                raise UserError(f"task.problems={self._settings.problems}: two are called {name}")
+            tests[name] = load_tests(source, self._settings.prompt)[: count or None]
+        return tests
 
     def encode(self, problem: MathProblem, tokenizer: Tokenizer) -> list[int]:
         """The prompt in the checkpoint's chat template."""
