@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from lopd.errors import UserError
+from lopd.models.qwen3 import REMAT_POLICIES
 from lopd.objectives import REDUCTIONS
 
 MATH_PROMPT = (
@@ -124,6 +125,9 @@ def base_config() -> ml_collections.ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "runtime": {
                 "rows_per_micro": 8,  # packed rows per forward and backward pass
+                # What the backward pass keeps of a layer: "none" of it is computed again, "dots",
+                # "attention", or all of it, "full" (`lopd.models.qwen3.REMAT_POLICIES`).
+                "remat": "full",
                 "slots": 128,  # responses decoded at a time
                 "decode_steps": 8,  # tokens decoded between looks at what has finished
                 "prefill_batch": 64,  # prompts read per call
@@ -251,5 +255,10 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         config.eval.split in ("dev", "test"),
         f"eval.split={config.eval.split!r} must be 'dev' or 'test'",
     )
+    remat = config.runtime.remat
+    _require(
+        remat in REMAT_POLICIES,
+        f"runtime.remat={remat!r} must be one of {', '.join(REMAT_POLICIES)}",
+    )
     for key, value in config.runtime.items():
-        _require(value > 0, f"runtime.{key}={value} must be positive")
+        _require(key == "remat" or value > 0, f"runtime.{key}={value} must be positive")

@@ -19,7 +19,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line."""
     try:
         return flags.FLAGS(argv)
@@ -30,12 +30,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         given = [a.split("=")[0] for a in argv if key in re.split(r"[.=]", a)]
         nearest = re.search(r'mean "(\w+)"', message)
         hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
-        _fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
+        fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        _fail(" ".join(str(error).split()))
+        fail(" ".join(str(error).split()))
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
+    """Ends the program with one line."""
     print(f"lopd: error: {message}", file=sys.stderr)
     sys.exit(shutdown.EXIT_ERROR)
 
@@ -43,9 +44,9 @@ def _fail(message: str) -> None:
 def main(argv: list[str]) -> None:
     """Runs the pipeline."""
     if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
+        fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
-        _fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
+        fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
@@ -56,18 +57,18 @@ def main(argv: list[str]) -> None:
         with shutdown.on_signals():
             pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value))
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except shutdown.Stopped:
         print("\nlopd: stopped; the same command continues from here", file=sys.stderr)
         sys.exit(shutdown.EXIT_STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(
+        fail(
             f"no room left on the disk of {WORKDIR.value} ({error}): free some and run the same "
             "command, it continues from what is finished"
         )
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -93,11 +93,7 @@ def training_work(
     return Work(
         flops=3 * forward_flops(model, used_rows * row_length, context),
         bytes_per_chip=update + passes,
-        peak_bytes=state_and_gradient
-        + cast
-        + kept
-        + logits
-        + _working_set(model, tokens, mesh["tensor"]),
+        peak_bytes=state_and_gradient + cast + kept + logits + working,
     )
 
 

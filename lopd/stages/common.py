@@ -90,6 +90,7 @@ def train_into(
         mesh=ctx.mesh,
         checkpoint_every=ctx.config.runtime.checkpoint_every,
         label=artefact.path.name,
+        remat=ctx.config.runtime.remat,
     )
     checkpoints.save_params(artefact.path / PARAMS, params)
     return {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}

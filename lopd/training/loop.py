@@ -38,6 +38,7 @@ def train(
     mesh: Mesh,
     checkpoint_every: int,
     label: str,
+    remat: str = "full",
 ) -> qwen3.Params:
     """Trains for `recipe.steps` steps and returns the parameters.
 
@@ -55,12 +56,13 @@ def train(
       mesh: the devices.
       checkpoint_every: steps between checkpoints.
       label: name on the progress bar.
+      remat: what the backward pass keeps, a key of `qwen3.REMAT_POLICIES`.
 
     Raises:
       UserError: at the first step whose loss or gradient is not finite.
     """
     optimizer = make_optimizer(recipe)
-    step_fn = make_train_step(model, optimizer, objective, mesh)
+    step_fn = make_train_step(model, optimizer, objective, mesh, remat)
     with checkpoints.open_manager(artefact.path / "checkpoints", checkpoint_every) as manager:
         start = manager.latest_step() or 0
         if start:
