@@ -12,7 +12,7 @@ import re
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lopd.errors import UserError
 from lopd.main import CONFIG, STAGES, fail, parse_flags
@@ -179,6 +179,8 @@ def main(argv: list[str]) -> None:
     """Prints the plan."""
     if len(argv) > 1 or CONFIG.value is None or not TOPOLOGY.value:
         fail("--config=FILE and --topology=CHIPS are needed, as in --topology=v5e:4x4 or h100:8")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     from lopd import config as lopd_config
 
     config, stages = CONFIG.value, tuple(STAGES.value) or tuple(CONFIG.value.stages)

@@ -43,9 +43,16 @@ def sharded(params, mesh):
     return jax.device_put(params, parallel.param_shardings(CONFIG, mesh))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)])
-def test_step_is_the_same_on_every_mesh(shape):
-    """Loss, gradient norm and updated weights on fake devices, against one device."""
+@pytest.mark.parametrize(
+    ("shape", "batch_size"),
+    [((2, 1, 1), 8), ((1, 4, 1), 24), ((1, 2, 2), 8), ((2, 2, 2), 24)],
+    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else f"{x} responses",
+)
+def test_step_is_the_same_on_every_mesh(shape, batch_size):
+    """Loss, gradient norm and updated weights on fake devices, against one device.
+
+    The smaller batch is one micro-batch, the larger one is added up over several.
+    """
     recipe = training_recipe(learning_rate=1e-3)
     results = []
     for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
@@ -54,7 +61,8 @@ def test_step_is_the_same_on_every_mesh(shape):
         state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
         rows = parallel.rows_sharding(mesh, leading=1)
         batch = {
-            k: v if k == "num_micro" else jax.device_put(v, rows) for k, v in batches()[0].items()
+            k: v if k == "num_micro" else jax.device_put(v, rows)
+            for k, v in batches(batch_size=batch_size)[0].items()
         }
         state, metrics = step(state, batch)
         moment = state.opt_state[1][0].mu["layers"]["mlp"]["up"]

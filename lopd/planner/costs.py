@@ -84,8 +84,12 @@ def training_work(
     tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
     used_micro = -(-used_rows // rows)
     kept = model.num_hidden_layers * _layer_activations(model, tokens, remat)
-    cast = 2 * size.layers / shards if model.dtype != "float32" else 0
-    state_and_gradient = (12 + 4) * size.total / shards
+    state = 12 * size.total / shards
+    gradient = 4 * size.total / shards
+    if model.dtype != "float32":
+        state += 2 * size.layers / shards  # XLA casts all layers at once
+        if micro_batches == 1:
+            gradient -= 2 * size.layers / shards
     update = 28 * size.total / shards  # read weights, moments and gradients; write all but those
     passes = used_micro * 3 * size.total / mesh["tensor"] * model.compute_dtype.itemsize
     logits = CHUNK_BYTES if micro_batches > 1 else 0
@@ -93,7 +97,7 @@ def training_work(
     return Work(
         flops=3 * forward_flops(model, used_rows * row_length, context),
         bytes_per_chip=update + passes,
-        peak_bytes=state_and_gradient + cast + kept + logits + working,
+        peak_bytes=state + gradient + kept + logits + working,
     )
 
 
