@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from lopd.errors import UserError
+from lopd.models.qwen3 import REMAT_POLICIES
 from lopd.objectives import REDUCTIONS
 
 MATH_PROMPT = (
@@ -147,6 +148,9 @@ def base_config() -> ml_collections.ConfigDict:
             },
             "runtime": {
                 "rows_per_micro": 8,  # packed rows per forward and backward pass
+                # What the backward pass keeps of a layer: "none" of it is computed again, "dots",
+                # "attention", or all of it, "full" (`lopd.models.qwen3.REMAT_POLICIES`).
+                "remat": "full",
                 "slots": 128,  # responses decoded at a time; 0: as many as fit in memory
                 "decode_steps": 8,  # tokens decoded between looks at what has finished
                 "records_per_shard": 512,  # a kill loses the shards that are filling
@@ -309,8 +313,13 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         config.eval.split in ("dev", "test"),
         f"eval.split={config.eval.split!r} must be 'dev' or 'test'",
     )
+    remat = config.runtime.remat
+    _require(
+        remat in REMAT_POLICIES,
+        f"runtime.remat={remat!r} must be one of {', '.join(REMAT_POLICIES)}",
+    )
     for key, value in config.runtime.items():
-        if key not in ("slots", "keep_every", "profile_steps"):
+        if key not in ("remat", "slots", "keep_every", "profile_steps"):
             _require(value > 0, f"runtime.{key}={value} must be positive")
     for key in ("slots", "keep_every"):
         value = config.runtime[key]

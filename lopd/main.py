@@ -32,16 +32,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         given = [a.split("=")[0] for a in argv if key in re.split(r"[.=]", a)]
         nearest = re.search(r'mean "(\w+)"', message)
         hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
-        _fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
+        fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        _fail(" ".join(str(error).split()))
+        fail(" ".join(str(error).split()))
 
 
 def _report(message: str) -> None:
     print(f"lopd: error: {message}", file=sys.stderr)
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
+    """Ends the program with one line."""
     _report(message)
     sys.exit(shutdown.EXIT_ERROR)
 
@@ -51,16 +52,16 @@ def _worker(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        _fail(f"--worker={text} must be i/N with 0 <= i < N, as in --worker=0/4")
+        fail(f"--worker={text} must be i/N with 0 <= i < N, as in --worker=0/4")
     return int(match[1]), int(match[2])
 
 
 def main(argv: list[str]) -> None:
     """Runs the pipeline."""
     if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
+        fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
-        _fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
+        fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/tiny.py")
     worker = _worker(WORKER.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO

@@ -2,23 +2,32 @@
 
 Logits are made a chunk of positions at a time. The backward pass makes them again from the saved
 log-sum-exp, so that neither pass ever holds more than one chunk.
+
+On a mesh the vocabulary is split over the devices that share rows' weights (`fsdp`, `tensor`):
+each device multiplies the hidden states of all their rows by its own part of the head, and only
+maxima, sums and hidden states are exchanged. No device holds the head, or its gradient, whole.
+
+Shape letters as in `lopd.models.qwen3`; C is the length of a chunk, k of top-k.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lopd.data.packing import pack, pad_rows
 from lopd.models import qwen3
+from lopd.models.sharding import ROW_AXES, constrain, current_mesh, on_mesh
 from lopd.parallel import rows_sharding
 
-CHUNK_TOKENS = 2048
-"""Positions per chunk over all rows; with V = 152k one chunk of float32 logits is 1.2 GiB."""
+CHUNK_BYTES = 640 * 2**20
+"""Most that one chunk of float32 logits may take on a device: 1,100 tokens of Qwen3's 152k."""
 
 
 @flax.struct.dataclass
@@ -39,9 +48,60 @@ class TokenScores:
     """float32 [B, T, k], their log π; carries no gradient."""
 
 
-def _chunk_length(batch: int, length: int) -> int:
-    """The largest divisor of `length` that keeps batch × divisor within CHUNK_TOKENS."""
-    limit = max(1, CHUNK_TOKENS // batch)
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """How the vocabulary and the rows lie on the mesh; the empty split is one device.
+
+    Rows come in split over `ROW_AXES`. Those of the axes that also split the vocabulary are
+    gathered; over the remaining axes devices keep to their own rows, and add up the head's
+    gradient at the end.
+    """
+
+    vocab: tuple[str, ...] = ()
+    shards: int = 1
+    gather: tuple[str, ...] = ()
+    gathered: int = 1
+    reduce: tuple[str, ...] = ()
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over the shards of the vocabulary."""
+        return jax.lax.psum(x, self.vocab) if self.vocab else x
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """The maximum over the shards of the vocabulary."""
+        return jax.lax.pmax(x, self.vocab) if self.vocab else x
+
+    def first_id(self, local_size: int) -> jax.Array | int:
+        """The token id that this device's part of the head begins with."""
+        return jax.lax.axis_index(self.vocab) * local_size if self.vocab else 0
+
+    def collect(self, x: jax.Array) -> jax.Array:
+        """The rows of all devices that share the vocabulary."""
+        return jax.lax.all_gather(x, self.gather, tiled=True) if self.gather else x
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """This device's rows of what is equal on all of them; the inverse of `collect`."""
+        if not self.gather:
+            return x
+        rows = x.shape[0] // self.gathered
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.gather) * rows, rows)
+
+
+def _vocab_split(mesh: AbstractMesh, vocab_size: int) -> _Split:
+    """The vocabulary over as many of the weights' axes as divide it."""
+    size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)  # noqa: E731
+    for axes in (("fsdp", "tensor"), ("tensor",), ()):
+        if vocab_size % size(axes) == 0:
+            break
+    gather = tuple(axis for axis in ROW_AXES if axis in axes)
+    reduce = tuple(axis for axis in ROW_AXES if axis not in axes)
+    return _Split(axes, size(axes), gather, size(gather), reduce)
+
+
+def _chunk_length(split: _Split, rows_shape: tuple[int, int], head_VD: jax.Array) -> int:
+    """The largest divisor of T whose logits, [gathered rows, divisor, V], fit CHUNK_BYTES."""
+    rows, length = rows_shape
+    limit = max(1, CHUNK_BYTES // (4 * rows * split.gathered * head_VD.shape[0]))
     return max(d for d in range(1, min(length, limit) + 1) if length % d == 0)
 
 
@@ -62,72 +122,144 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def score_logits(logits: jax.Array, targets: jax.Array) -> TokenScores:
-    """Scores of `targets` [...] under float32 `logits` [..., V]."""
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+def score_logits(
+    logits: jax.Array, targets: jax.Array, top_k: int = 0, split: _Split = _Split()
+) -> TokenScores:
+    """Scores of `targets` [...] under float32 `logits` [..., V].
+
+    Args:
+      logits: all of them, or a device's part of the vocabulary, as `split` says.
+      targets: token ids of the whole vocabulary.
+      top_k: how many of the most likely tokens to report too.
+      split: how the vocabulary lies on the mesh.
+    """
+    size = logits.shape[-1]
+    first = split.first_id(size)
+    largest = split.largest(jnp.max(logits, axis=-1))
+    sums = split.total(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    logsumexp = largest + jnp.log(sums)
+    local = targets - first
+    here = (local >= 0) & (local < size)
+    index = jnp.where(here, local, 0)[..., None]
+    target_logits = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    target_logits = split.total(jnp.where(here, target_logits, 0.0))
     logprobs = logits - logsumexp[..., None]
+    ids, values = None, None
+    if top_k:
+        values, ids = _top_k(logits, first, top_k, split)
+        values -= logsumexp[..., None]
     return TokenScores(
         logprobs=target_logits - logsumexp,
         logsumexp=logsumexp,
-        entropy=-jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1),
-        mean_logprob=jnp.mean(logits, axis=-1) - logsumexp,
+        entropy=-split.total(jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)),
+        mean_logprob=split.total(jnp.sum(logprobs, axis=-1)) / (size * split.shards),
+        topk_ids=ids,
+        topk_logprobs=values,
     )
 
 
-@jax.custom_vjp
-def _scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> TokenScores:
-    chunk = _chunk_length(*targets_BT.shape)
+def _top_k(logits, first, top_k: int, split: _Split) -> tuple[jax.Array, jax.Array]:
+    """Values and ids [..., k] of the largest logits of the whole vocabulary."""
+    values, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+    ids += first
+    if split.vocab:
+        candidates, candidate_ids = (
+            jax.lax.all_gather(x, split.vocab, axis=x.ndim - 1, tiled=True) for x in (values, ids)
+        )
+        values, best = jax.lax.top_k(candidates, top_k)
+        ids = jnp.take_along_axis(candidate_ids, best, axis=-1)
+    return values, ids.astype(jnp.int32)
+
+
+def _forward_shard(top_k: int, split: _Split, hidden_BTD, head_VD, tokens) -> TokenScores:
+    """Scores of this device's rows, by its part of the head and everybody else's."""
+    (targets_BT,) = tokens
+    chunk = _chunk_length(split, targets_BT.shape, head_VD)
 
     def score(inputs):
-        hidden, targets = inputs
-        return score_logits(_logits(hidden, head_VD), targets)
+        hidden, targets = map(split.collect, inputs)
+        scores = score_logits(_logits(hidden, head_VD), targets, top_k, split)
+        return jax.tree.map(split.own, scores)
 
     chunks = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
     return jax.tree.map(_unchunked, jax.lax.map(score, chunks))
 
 
-def _scores_forward(hidden_BTD, head_VD, targets_BT):
-    scores = _scores(hidden_BTD, head_VD, targets_BT)
-    return scores, (hidden_BTD, head_VD, targets_BT, scores.logsumexp)
-
-
-def _scores_backward(saved, cotangent: TokenScores):
-    hidden_BTD, head_VD, targets_BT, logsumexp_BT = saved
+def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Array, jax.Array]:
+    """Gradients of this device's rows, and of its part of the head, in float32."""
     V = head_VD.shape[0]
-    chunk = _chunk_length(*targets_BT.shape)
+    chunk = _chunk_length(split, hidden_BTD.shape[:2], head_VD)
 
     def backward(d_head, inputs):
-        hidden, targets, logsumexp, d_logprob, d_logsumexp, d_mean = inputs
+        hidden, targets, logsumexp, d_logprob, d_logsumexp, d_mean = map(split.collect, inputs)
         probabilities = jnp.exp(_logits(hidden, head_VD) - logsumexp[..., None])
         # logprob = z_target − lse, mean_logprob = mean(z) − lse, and d lse / dz = softmax(z).
         d_logits = (d_logsumexp - d_logprob - d_mean)[..., None] * probabilities
-        d_logits += d_mean[..., None] / V
-        d_logits += d_logprob[..., None] * jax.nn.one_hot(targets, V, dtype=jnp.float32)
+        d_logits += d_mean[..., None] / (V * split.shards)
+        is_target = (targets - split.first_id(V))[..., None] == jnp.arange(V)
+        d_logits += jnp.where(is_target, d_logprob[..., None], 0.0)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, head_VD)
+        if split.gather:
+            d_hidden = jax.lax.psum_scatter(d_hidden, split.gather, tiled=True)
+        others = tuple(axis for axis in split.vocab if axis not in split.gather)
+        d_hidden = jax.lax.psum(d_hidden, others) if others else d_hidden
         d_head += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_head, d_hidden
 
-    chunks = jax.tree.map(
-        functools.partial(_chunked, chunk=chunk),
-        (
-            hidden_BTD,
-            targets_BT,
-            logsumexp_BT,
-            cotangent.logprobs,
-            cotangent.logsumexp,
-            cotangent.mean_logprob,
-        ),
-    )
+    chunks = tuple(_chunked(x, chunk) for x in (hidden_BTD, *tokens))
     d_head, d_hidden = jax.lax.scan(backward, jnp.zeros(head_VD.shape, jnp.float32), chunks)
-    return _unchunked(d_hidden), d_head.astype(head_VD.dtype), None
+    if split.reduce:
+        d_head = jax.lax.psum(d_head, split.reduce)
+    return _unchunked(d_hidden), d_head
+
+
+def _on_shards(function, vocab_size: int, *, gives_head_gradient: bool):
+    """`function(split, hidden, head, tokens)`, run by each device of the mesh on its share.
+
+    `tokens` is a tuple of arrays [B, T], split by rows like `hidden` and all results but the
+    head's gradient.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return functools.partial(function, _Split())
+    split = _vocab_split(mesh, vocab_size)
+    rows, head = PartitionSpec(ROW_AXES), PartitionSpec(split.vocab)
+    return jax.shard_map(
+        functools.partial(function, split),
+        in_specs=(rows, head, rows),
+        out_specs=(rows, head) if gives_head_gradient else rows,
+        check_vma=False,  # what is equal on which devices cannot be seen through the scan
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(hidden_BTD, head_VD, targets_BT, top_k: int) -> TokenScores:
+    forward = functools.partial(_forward_shard, top_k)
+    forward = _on_shards(forward, head_VD.shape[0], gives_head_gradient=False)
+    return forward(hidden_BTD, head_VD, (targets_BT,))
+
+
+def _scores_forward(hidden_BTD, head_VD, targets_BT, top_k):
+    scores = _scores(hidden_BTD, head_VD, targets_BT, top_k)
+    return scores, (hidden_BTD, head_VD, targets_BT, scores.logsumexp)
+
+
+def _scores_backward(top_k, saved, cotangent: TokenScores):
+    del top_k
+    hidden_BTD, head_VD, *tokens = saved
+    tokens += [cotangent.logprobs, cotangent.logsumexp, cotangent.mean_logprob]
+    backward = _on_shards(_backward_shard, head_VD.shape[0], gives_head_gradient=True)
+    d_hidden, d_head = backward(hidden_BTD, head_VD, tuple(tokens))
+    return d_hidden, d_head.astype(head_VD.dtype), None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def token_scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> TokenScores:
+def token_scores(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, top_k: int = 0
+) -> TokenScores:
     """Scores of `targets` given the final hidden states, at temperature 1.
 
     Normalises over every row of the head, padding rows included, as the sampler does.
@@ -136,42 +268,31 @@ def token_scores(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Arra
       hidden_BTD: normalised hidden states, in the compute type.
       head_VD: output matrix; cast to the type of `hidden`.
       targets_BT: int32, the token that follows each position.
+      top_k: how many of the most likely tokens to report besides, from the same pass.
 
     Returns:
       Float32 scores [B, T]. Gradients flow to `hidden` and `head` through everything but the
-      entropy; the backward pass keeps only the log-sum-exp and accumulates the head's gradient
-      in float32.
+      entropy and the top-k; the backward pass keeps only the log-sum-exp and accumulates the
+      head's gradient in float32.
     """
-    with jax.named_scope("token_scores"):
-        return _scores(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT)
+    with jax.named_scope("scores"):
+        return _scores(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, top_k)
 
 
-def _top_k(hidden_BTD: jax.Array, head_VD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Ids and true log-probs [B, T, k] of the k most likely tokens, the likeliest first."""
-
-    def best(_, hidden):
-        logits = _logits(hidden, head_VD)
-        values, ids = jax.lax.top_k(logits, k)
-        return None, (ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-
-    chunk = _chunk_length(*hidden_BTD.shape[:2])
-    found = jax.lax.scan(best, None, _chunked(hidden_BTD, chunk))[1]
-    return jax.tree.map(_unchunked, found)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score_rows(
-    config: qwen3.Qwen3Config, top_k: int, params: qwen3.Params, rows: dict
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def score_rows(
+    config: qwen3.Qwen3Config, mesh: Mesh, top_k: int, params: qwen3.Params, rows: dict
 ) -> TokenScores:
-    hidden, _ = qwen3.forward(
-        config, params, rows["tokens"], rows["positions"], rows["segment_ids"]
-    )
-    head = qwen3.output_head(params)
-    scores = token_scores(hidden, head, rows["targets"])
-    if not top_k:
-        return scores
-    ids, logprobs = _top_k(hidden, head.astype(hidden.dtype), top_k)
-    return scores.replace(topk_ids=ids, topk_logprobs=logprobs)
+    """One forward pass over packed rows [B, T] that are split over the mesh.
+
+    Every device gets all scores, so that every process can read them.
+    """
+    with on_mesh(mesh):
+        hidden, _ = qwen3.forward(
+            config, params, rows["tokens"], rows["positions"], rows["segment_ids"]
+        )
+        scores = token_scores(hidden, qwen3.output_head(params), rows["targets"], top_k=top_k)
+        return jax.tree.map(constrain, scores)
 
 
 def dispatch_records(
@@ -196,7 +317,7 @@ def dispatch_records(
     scored = []
     for start in range(0, len(arrays["tokens"]), rows_per_micro):
         rows = {name: a[start : start + rows_per_micro] for name, a in arrays.items()}
-        scored.append(_score_rows(config, top_k, params, jax.device_put(rows, sharding)))
+        scored.append(score_rows(config, mesh, top_k, params, jax.device_put(rows, sharding)))
 
     def read() -> list[TokenScores]:
         scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))

@@ -68,7 +68,7 @@ def test_gradients_equal_transformers(params, reference):
     @jax.grad
     def gradient(params):
         hidden, router_loss = qwen3.forward_with_router_loss(
-            MOE, params, tokens, positions, segments, remat=True
+            MOE, params, tokens, positions, segments, remat="full"
         )
         scores = token_scores(hidden[:, :-1], params["lm_head"], tokens[:, 1:])
         return 0.5 * router_loss - scores.logprobs.mean()

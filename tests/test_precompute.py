@@ -38,7 +38,6 @@ SETTINGS = {
     "precompute.prompts": 40,
     "heldout.prompts": 12,
     "runtime.slots": 8,
-    "runtime.prefill_batch": 8,
     "runtime.records_per_shard": 8,
 }
 

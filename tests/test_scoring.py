@@ -1,6 +1,9 @@
 """Token log-probabilities against float64 and against a model whose answers are known."""
 
+import contextlib
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,12 @@ import pytest
 import torch
 from conftest import TIED, random_records
 
-from lopd import scoring
+from lopd import parallel, scoring
+from lopd.config import training_recipe
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
+from lopd.objectives import lightning_opd
+from lopd.planner import programs
 
 
 def float64_scores(hidden, head, targets):
@@ -30,9 +37,14 @@ def problem(batch=3, length=10, width=8, vocab=23, seed=0):
     return hidden, head, rng.integers(0, vocab, (batch, length))
 
 
+def set_chunk(monkeypatch, tokens, vocab=23):
+    """Lets so many tokens over all rows share a chunk."""
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * vocab * tokens)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 2048])
 def test_scores_equal_float64(monkeypatch, chunk_tokens):
-    monkeypatch.setattr(scoring, "CHUNK_TOKENS", chunk_tokens)
+    set_chunk(monkeypatch, chunk_tokens)
     hidden, head, targets = problem()
     scores = scoring.token_scores(*map(jnp.asarray, (hidden, head, targets)))
     logprobs, lse, entropy, mean = float64_scores(hidden, head, targets)
@@ -42,15 +54,14 @@ def test_scores_equal_float64(monkeypatch, chunk_tokens):
     np.testing.assert_allclose(scores.mean_logprob, mean, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_tokens", [6, 2048])
-def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens):
+def check_gradients_equal_float64(mesh=None, **shape):
     """The hand-written backward pass against PyTorch's autodiff in float64."""
-    monkeypatch.setattr(scoring, "CHUNK_TOKENS", chunk_tokens)
-    hidden, head, targets = problem()
+    hidden, head, targets = problem(**shape)
     weights = np.random.default_rng(1).normal(size=(3, *targets.shape))
 
     def ours(hidden, head):
-        s = scoring.token_scores(hidden, head, jnp.asarray(targets))
+        with on_mesh(mesh) if mesh else contextlib.nullcontext():
+            s = scoring.token_scores(hidden, head, jnp.asarray(targets))
         parts = (s.logprobs, s.logsumexp, s.mean_logprob)
         return sum(
             jnp.sum(jnp.asarray(w, jnp.float32) * x) for w, x in zip(weights, parts, strict=True)
@@ -63,22 +74,87 @@ def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens):
     logp = torch.log_softmax(logits, -1)
     picked = logp.gather(-1, torch.tensor(targets)[..., None])[..., 0]
     parts = (picked, lse, logp.mean(-1))
-    sum((torch.tensor(c) * x).sum() for c, x in zip(weights, parts, strict=True)).backward()
-    d_hidden, d_head = jax.grad(ours, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(head))
+    expected = sum((torch.tensor(c) * x).sum() for c, x in zip(weights, parts, strict=True))
+    expected.backward()
+    place = lambda x: jax.device_put(x, parallel.replicated(mesh)) if mesh else jnp.asarray(x)  # noqa: E731
+    gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
+    value, (d_hidden, d_head) = gradients(place(hidden), place(head))
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     np.testing.assert_allclose(d_hidden, h.grad.numpy(), atol=2e-5, rtol=1e-4)
     np.testing.assert_allclose(d_head, w.grad.numpy(), atol=2e-5, rtol=1e-4)
 
 
-def test_no_array_of_rows_by_length_by_vocabulary():
-    """The compiled gradient holds logits of one chunk at most."""
-    batch, length, vocab = 4, 1024, 3001
-    hidden, head = jnp.zeros((batch, length, 8)), jnp.zeros((vocab, 8))
-    targets = jnp.zeros((batch, length), jnp.int32)
-    loss = jax.grad(lambda h, w: scoring.token_scores(h, w, targets).logprobs.sum(), argnums=(0, 1))
-    text = jax.jit(loss).lower(hidden, head).compile().as_text()
-    assert f"{batch},{scoring.CHUNK_TOKENS // batch},{vocab}" in text  # the chunk, in its shape
-    assert f"{batch},{length},{vocab}" not in text
-    assert f"{batch * length},{vocab}" not in text
+@pytest.mark.parametrize("chunk_tokens", [6, 2048])
+def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens):
+    set_chunk(monkeypatch, chunk_tokens)
+    check_gradients_equal_float64()
+
+
+def mesh_of(data, fsdp, tensor):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "vocab"),
+    [((1, 4, 1), 24), ((2, 2, 2), 24), ((2, 2, 1), 23), ((1, 2, 2), 22)],
+    ids=["fsdp", "all", "indivisible", "partly divisible"],
+)
+def test_vocab_sharded_gradients_equal_float64_autodiff(monkeypatch, mesh, vocab):
+    set_chunk(monkeypatch, tokens=4)
+    check_gradients_equal_float64(mesh_of(*mesh), batch=8, length=6, vocab=vocab)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["one device", "sharded"])
+def test_top_k_equals_a_full_sort(monkeypatch, mesh):
+    """Values, ids and order, from the same pass; the ids are those of the whole vocabulary."""
+    set_chunk(monkeypatch, tokens=4)
+    hidden, head, targets = problem(batch=8, length=6, vocab=24)
+    mesh = mesh_of(*mesh) if mesh else mesh_of(1, 1, 1)
+
+    @jax.jit
+    def score(*args):
+        with on_mesh(mesh):
+            return scoring.token_scores(*args, top_k=7)
+
+    scores = score(*jax.device_put((hidden, head, targets), parallel.replicated(mesh)))
+    logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
+    ids = np.argsort(-logits, axis=-1)[..., :7]
+    _, lse, entropy, _ = float64_scores(hidden, head, targets)
+    logprobs = np.take_along_axis(logits, ids, -1) - lse[..., None]
+    np.testing.assert_array_equal(scores.topk_ids, ids)
+    np.testing.assert_allclose(scores.topk_logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(scores.entropy, entropy, atol=1e-5)
+
+
+def array_sizes(compiled) -> set[int]:
+    """Elements of every array in a compiled module."""
+    shapes = re.findall(r"\w\d+\[([\d,]+)\]", compiled.as_text())
+    return {math.prod(int(d) for d in shape.split(",")) for shape in shapes}
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 1)], ids=["one device", "sharded"])
+def test_compiled_step_has_no_array_of_rows_by_length_by_vocabulary(monkeypatch, mesh):
+    """The whole OPD step: nothing in it is larger than a chunk, which is far from all logits of
+    one device; and on a mesh no device holds the whole head."""
+    rows, length, vocab = 4, 512, 30_000
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 128 * vocab)
+    config = dataclasses.replace(TIED, vocab_size=vocab, num_hidden_layers=1, hidden_size=32)
+    mesh = mesh_of(*mesh)
+    step, arguments = programs.train_step(
+        config,
+        training_recipe(),
+        lightning_opd(1.0),
+        mesh,
+        micro_batches=2,
+        rows=rows,
+        row_length=length,
+    )
+    sizes = array_sizes(step.lower(*arguments).compile())
+    assert 128 * vocab // 2 <= max(sizes) <= 128 * vocab  # the chunk is there, and is the largest
+    assert 128 * vocab < rows * length * vocab // mesh.size
+    if mesh.size > 1:
+        assert vocab * config.hidden_size not in sizes
 
 
 def bigram_model():

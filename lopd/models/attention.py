@@ -1,11 +1,33 @@
-"""One attention function and the mask that goes with packed rows.
+"""Attention: one function for packed rows, with the kernel that suits the platform.
 
-This is the plain XLA path: right everywhere, quadratic memory, and the reference that faster
-kernels are compared with.
+`attend` is exact on every platform, forward and backward, and its memory grows linearly with the
+length of a row. Shape letters as in `lopd.models.qwen3`.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+)
+from jax.sharding import PartitionSpec
+
+from lopd.models.sharding import ROW_AXES, current_mesh, current_platform
+
+SAVED_NAME = "attention"
+"""Checkpoint name of attention's results, for rematerialisation policies."""
+
+XLA_BLOCK = 512
+"""Query positions per block of `xla_attention`."""
+
+CUDNN_LONGEST = 8192
+"""Longest row for cuDNN, whose mask takes 2 · T² bytes a row: 128 MiB at this length."""
+
+_LANES = 128  # of a TPU vector register: splash attention's blocks and head dims are multiples
 
 
 def causal_segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
@@ -18,13 +40,13 @@ def causal_segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     return causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
 
 
-def attend(
+def masked_attention(
     q_BTHN: jax.Array, k_BSKN: jax.Array, v_BSKN: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Grouped-query attention [B, T, H, N]; scores and softmax in float32.
+    """Grouped-query attention [B, T, H, N] under any mask; scores and softmax in float32.
 
     Query head h reads key/value head h // (H / K). Masked scores get the most negative finite
-    float, never -inf: a fully masked row then stays finite.
+    float, never -inf: a fully masked row then stays finite. Memory is B · H · T · S.
     """
     B, T, H, N = q_BTHN.shape
     K = k_BSKN.shape[2]
@@ -34,3 +56,134 @@ def attend(
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSKN.dtype)
     out = jnp.einsum("bkgts,bskn->btkgn", probabilities, v_BSKN)
     return out.reshape(B, T, H, N)
+
+
+def _query_blocks(q, k, v, query_segments, key_segments, first):
+    """Attention of queries `first`, `first` + 1, ... to all given keys, a block at a time."""
+    B, T, H, N = q.shape
+    n = T // XLA_BLOCK
+    blocks = lambda x: jnp.moveaxis(x.reshape(B, n, XLA_BLOCK, *x.shape[2:]), 1, 0)  # noqa: E731
+
+    @jax.checkpoint
+    def attend_block(inputs):
+        q, segments, start = inputs
+        causal = (start + jnp.arange(XLA_BLOCK))[:, None] >= jnp.arange(k.shape[1])
+        mask = causal & (segments[:, :, None] == key_segments[:, None, :])
+        return masked_attention(q, k, v, mask)
+
+    starts = first + XLA_BLOCK * jnp.arange(n)
+    out = jax.lax.map(attend_block, (blocks(q), blocks(query_segments), starts))
+    return jnp.moveaxis(out, 0, 1).reshape(B, T, H, N)
+
+
+def xla_attention(q_BTHN, k_BTKN, v_BTKN, segment_ids_BT) -> jax.Array:
+    """Packed-row attention in plain XLA, for CPU and as the reference of the kernels.
+
+    Long rows are computed in blocks of queries that the backward pass computes again, so that no
+    [T, T] array exists. Up to four spans of queries skip the keys that come after all of them.
+    """
+    T = q_BTHN.shape[1]
+    if T <= XLA_BLOCK:
+        return masked_attention(q_BTHN, k_BTKN, v_BTKN, causal_segment_mask(segment_ids_BT))
+    q, k, v, segments = _pad_length((q_BTHN, k_BTKN, v_BTKN, segment_ids_BT), XLA_BLOCK)
+    padded = q.shape[1]
+    span = padded // math.gcd(padded // XLA_BLOCK, 4)
+    outs = [
+        _query_blocks(
+            q[:, first : first + span],
+            k[:, : first + span],
+            v[:, : first + span],
+            segments[:, first : first + span],
+            segments[:, : first + span],
+            first,
+        )
+        for first in range(0, padded, span)
+    ]
+    return jnp.concatenate(outs, axis=1)[:, :T]
+
+
+def _pad_length(arrays, multiple: int) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, ...] with zeros (padding, segment 0) after T, up to a multiple."""
+    short = -arrays[0].shape[1] % multiple
+    return tuple(jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
+
+
+def splash_attention(
+    q_BTHN, k_BTKN, v_BTKN, segment_ids_BT, *, interpret: bool = False
+) -> jax.Array:
+    """Packed-row attention on TPU: JAX's splash attention kernel, on one device's share.
+
+    Args:
+      q_BTHN: queries, not scaled (the kernel does not scale them, this function does).
+      k_BTKN: keys.
+      v_BTKN: values.
+      segment_ids_BT: int32.
+      interpret: run the kernel's program on the CPU, for tests.
+    """
+    T, H, N = q_BTHN.shape[1:]
+    q, k, v, segments = _pad_length((q_BTHN, k_BTKN, v_BTKN, segment_ids_BT), _LANES)
+    pad_heads = [(0, 0)] * 3 + [(0, -N % _LANES)]
+    q, k, v = (jnp.pad(x, pad_heads).swapaxes(1, 2) for x in (q * N**-0.5, k, v))
+    length = q.shape[2]
+    block = max(b for b in (128, 256, 512) if length % b == 0)
+    # Backward in two kernels: the fused one holds dq once per block of keys, T² / block in all.
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * H),
+        block_sizes=splash.BlockSizes(*(block,) * 8),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
+    )
+    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(
+        q, k, v, segments
+    )
+    return out.swapaxes(1, 2)[:, :T, :, :N].astype(q_BTHN.dtype)
+
+
+def cudnn_attention(
+    q_BTHN, k_BTKN, v_BTKN, segment_ids_BT, *, implementation: str = "cudnn"
+) -> jax.Array:
+    """Packed-row attention on GPU: cuDNN with causality built in and segments as a mask.
+
+    cuDNN's own packed mode is silently wrong for grouped queries in jax <= 0.10.2, so it is not
+    used. The mask is [B, 1, T, T], shared by all heads; see `CUDNN_LONGEST`.
+    """
+    same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTHN, k_BTKN, v_BTKN, mask=same_segment, is_causal=True, implementation=implementation
+    )
+
+
+def _choose(platform: str, q_BTHN: jax.Array):
+    """The implementation for one device's share of the rows."""
+    _, T, _, N = q_BTHN.shape
+    if platform == "tpu":
+        return splash_attention
+    fits_cudnn = q_BTHN.dtype in (jnp.bfloat16, jnp.float16) and N % 8 == 0 and N <= 128
+    if platform == "gpu" and fits_cudnn and T % 2 == 0 and T <= CUDNN_LONGEST:
+        return cudnn_attention
+    return xla_attention
+
+
+def attend(
+    q_BTHN: jax.Array, k_BTKN: jax.Array, v_BTKN: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Causal grouped-query attention [B, T, H, N] within segments of packed rows.
+
+    On a mesh each device attends for its own rows and heads, and nothing is communicated.
+
+    Args:
+      q_BTHN: queries, not scaled; head h reads key/value head h // (H / K).
+      k_BTKN: keys.
+      v_BTKN: values.
+      segment_ids_BT: int32; a token sees itself and earlier tokens of equal id.
+    """
+    local = _choose(current_platform(), q_BTHN)
+    if current_mesh() is not None:
+        heads, rows = PartitionSpec(ROW_AXES, None, "tensor"), PartitionSpec(ROW_AXES)
+        # The kernels' results carry no varying-axes type, so it cannot be checked.
+        local = jax.shard_map(
+            local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+    return local(q_BTHN, k_BTKN, v_BTKN, segment_ids_BT)

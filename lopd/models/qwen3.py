@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.errors import UserError
 from lopd.models import moe
-from lopd.models.attention import attend, causal_segment_mask
+from lopd.models.attention import SAVED_NAME, attend
 from lopd.models.kv_cache import KVCache
 from lopd.models.sharding import constrain
 
@@ -117,7 +118,7 @@ class Attention(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, row_states):
+    def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache, row_states):
         c = self.config
         D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q = jnp.einsum(
@@ -133,7 +134,8 @@ class Attention(nn.Module):
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if layer_cache is None:
-            out, kv = attend(q, k, v, mask_BTS), (k, v)
+            out = checkpoint_name(attend(q, k, v, segment_ids_BT), SAVED_NAME)
+            kv = k, v
         else:
             out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
             out = out[:, None]
@@ -188,14 +190,14 @@ class Block(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, mask_BTS, layer_cache, row_states, counted_BT):
+    def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache=None, row_states=None):
         c = self.config
         with jax.named_scope("attention"):
             normed = _rms_norm(
                 x_BTD, _scale(self, "input_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
             out, kv = Attention(c, name="attention")(
-                normed, rotary, mask_BTS, layer_cache, row_states
+                normed, rotary, segment_ids_BT, layer_cache, row_states
             )
             x_BTD = x_BTD + out
         with jax.named_scope("mlp"):
@@ -203,7 +205,7 @@ class Block(nn.Module):
                 x_BTD, _scale(self, "post_attention_norm", c.hidden_size, "norm"), c.rms_norm_eps
             )
             if c.num_experts:
-                out, load = MoE(c, name="mlp")(normed, counted_BT)
+                out, load = MoE(c, name="mlp")(normed, segment_ids_BT > 0)
             else:
                 out, load = MLP(c, name="mlp")(normed), None
             return x_BTD + out, kv, load
@@ -216,10 +218,7 @@ def _boxed_init(config: Qwen3Config, key: jax.Array) -> Params:
     inputs = (
         jnp.zeros((1, 1, config.hidden_size), config.compute_dtype),
         rotary_tables(config, positions),
-        jnp.ones((1, 1, 1), bool),
-        None,
-        None,
-        jnp.ones((1, 1), bool),
+        positions,
     )
     layers = jax.vmap(lambda k: Block(config).init(k, *inputs)["params"])(
         jax.random.split(layers_key, config.num_hidden_layers)
@@ -289,13 +288,19 @@ def inference_params(
     return jax.jit(convert, out_shardings=shardings)(params)
 
 
+def compute_params(config: Qwen3Config, params: Params) -> Params:
+    """Stacked parameters with the layers' matrices in the compute type; norm scales stay as is."""
+    cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 2 else x  # noqa: E731
+    return {**params, "layers": jax.tree.map(cast, params["layers"])}
+
+
 def _embed(config: Qwen3Config, params: Params, tokens: jax.Array) -> jax.Array:
     with jax.named_scope("embed"):
         # Each device looks its columns up for the rows of its whole fsdp group and exchanges the
-        # results; otherwise the table itself is gathered, and every row on every device.
-        table = params["embed"].astype(config.compute_dtype)
-        columns = constrain(table[constrain(tokens, "group_rows")], "group_rows", None, "embed")
-        return _activations(columns)
+        # results; otherwise the table itself is gathered, and every row on every device. The cast
+        # comes after the look-up, so that the table's gradient is made in its own type.
+        columns = params["embed"][constrain(tokens, "group_rows")].astype(config.compute_dtype)
+        return _activations(constrain(columns, "group_rows", None, "embed"))
 
 
 def _activations(x_BTD: jax.Array) -> jax.Array:
@@ -303,18 +308,29 @@ def _activations(x_BTD: jax.Array) -> jax.Array:
     return constrain(x_BTD, "rows", "length", "hidden")
 
 
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass keeps of a layer, from most memory to least: all of it; the results of
+multiplications by weights; its input and attention's result; its input only."""
+
+
 def _scan_layers(config, params, tokens, positions, segment_ids, remat):
     """Final hidden states of packed rows, and every layer's router load (None when dense)."""
     rotary = rotary_tables(config, positions)
     block = Block(config)
-    mask = causal_segment_mask(segment_ids)
 
     def layer(x, layer_params):
-        variables = {"params": layer_params}
-        x, _, load = block.apply(variables, x, rotary, mask, None, None, segment_ids > 0)
+        x, _, load = block.apply({"params": layer_params}, x, rotary, segment_ids)
         return _activations(x), load
 
-    layer = jax.checkpoint(layer) if remat else layer
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        # Inside a scan nothing can be merged across layers, so CSE need not be prevented.
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     x, loads = jax.lax.scan(layer, _embed(config, params, tokens), params["layers"])
     return _rms_norm(x, params["final_norm"], config.rms_norm_eps), loads
 
@@ -327,7 +343,7 @@ def forward(
     segment_ids: jax.Array,
     kv_cache: KVCache | None = None,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:
     """Final (normalised) hidden states of every token.
 
@@ -340,7 +356,7 @@ def forward(
         sequences may share a row; 0 marks padding. With a cache, a row is one sequence, and
         rows with id 0 are idle: they neither write nor mean anything.
       kv_cache: keys and values of earlier positions; new ones are written at `positions`.
-      remat: recompute each layer's activations in the backward pass.
+      remat: what the backward pass keeps, a key of `REMAT_POLICIES`.
 
     Returns:
       Hidden states [B, T, D] in the compute type, and the updated cache (None without one).
@@ -353,7 +369,7 @@ def forward(
     caches = []
     for layer_params, layer_cache in zip(params["layers"], kv_cache.layers, strict=True):
         x, layer_cache, _ = Block(config).apply(
-            {"params": layer_params}, x, rotary, None, layer_cache, row_states, segment_ids > 0
+            {"params": layer_params}, x, rotary, segment_ids, layer_cache, row_states
         )
         caches.append(layer_cache)
     hidden = _rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -373,13 +389,10 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     rotary = rotary_tables(config, positions)
-    mask = causal_segment_mask(segment_ids)
     x = _embed(config, params, tokens)
     prefix = []
     for layer_params in params["layers"]:
-        x, kv, _ = Block(config).apply(
-            {"params": layer_params}, x, rotary, mask, None, None, segment_ids > 0
-        )
+        x, kv, _ = Block(config).apply({"params": layer_params}, x, rotary, segment_ids)
         prefix.append(kv)
     return prefix
 
@@ -391,7 +404,7 @@ def forward_with_router_loss(
     positions: jax.Array,
     segment_ids: jax.Array,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """`forward` without a cache, and the router's load-balancing loss over the same tokens.
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lopd.data.batches import Arrays, micro_batches, process_rows, put_batch
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.objectives import SEQUENCE_LOG_RATIO, Batch, Objective
 from lopd.parallel import replicated
 from lopd.training.step import (
@@ -132,7 +133,8 @@ def make_panel(
             scores = forward_scores(config, params, micro)
             return _panel_sums(objective, scores, micro, responses)
 
-        found = sum_over_micro_batches(look, batch)
+        with on_mesh(mesh):
+            found = sum_over_micro_batches(look, batch)
         metrics: Metrics = token_means(found.pop("sums")) | named_stats(batch)
         return {"metrics": metrics, **found}
 

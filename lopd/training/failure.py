@@ -12,6 +12,7 @@ from lopd.artefact import Artefact, write_atomically
 from lopd.data.batches import StepBatches, micro_batches, put_batch
 from lopd.errors import UserError
 from lopd.models import qwen3
+from lopd.models.sharding import on_mesh
 from lopd.objectives import Objective
 from lopd.training.step import batch_gradients
 
@@ -35,7 +36,8 @@ def _alone(
 
     @jax.jit
     def look(params, batch):
-        grads, metrics = batch_gradients(model, objective, params, batch)
+        with on_mesh(mesh):
+            grads, metrics = batch_gradients(model, objective, params, batch)
         return metrics["loss"], optax.tree.norm(grads)
 
     rows = batches.layout["rows_per_micro"]

@@ -204,7 +204,7 @@ def train(
       OSError: if a checkpoint could not be written; those before it are whole.
     """
     optimizer = make_optimizer(recipe)
-    step_fn = make_train_step(model, optimizer, objective, mesh, router_coefficient)
+    step_fn = make_train_step(model, optimizer, objective, mesh, runtime.remat, router_coefficient)
     directory, keep = artefact.path / "checkpoints", runtime.keep_checkpoints
     with (
         checkpoints.full_disk_is_an_os_error(),

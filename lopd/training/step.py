@@ -55,19 +55,21 @@ def micro_loss(
     micro: Batch,
     *,
     responses: int,
+    remat: str = "full",
     router_weight: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """`score_sums` of the training forward pass, with `loss` among the sums.
 
     Args:
+      remat: what the backward pass keeps, a key of `qwen3.REMAT_POLICIES`.
       router_weight: if given, what the router's load-balancing loss is multiplied by and added to
         what is differentiated; the `loss` among the sums stays without it.
     """
     inputs = (config, params, micro["tokens"], micro["positions"], micro["segment_ids"])
     if router_weight is None:
-        hidden, router_loss = qwen3.forward(*inputs, remat=True)[0], None
+        hidden, router_loss = qwen3.forward(*inputs, remat=remat)[0], None
     else:
-        hidden, router_loss = qwen3.forward_with_router_loss(*inputs, remat=True)
+        hidden, router_loss = qwen3.forward_with_router_loss(*inputs, remat=remat)
     scores = token_scores(hidden, qwen3.output_head(params), micro["targets"])
     loss, sums = score_sums(objective, scores, micro, responses)
     sums["loss"] = loss
@@ -86,11 +88,19 @@ def sequence_sums(values: jax.Array, micro: Batch, responses: int) -> jax.Array:
     return jnp.zeros(responses + 1).at[micro["segment_ids"]].add(values)[1:]
 
 
-def sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+def first_micro_batch(batch: Batch) -> Batch:
+    """The first of a batch's micro-batches."""
+    return {name: x[0] for name, x in batch.items() if name != "num_micro"}
+
+
+def sum_over_micro_batches(
+    function: Callable[[Batch], Any], batch: Batch, shapes: Any = None
+) -> Any:
     """Σ function(micro-batch) over the used micro-batches of a batch, in order.
 
     The loop runs `num_micro` times, a value and not a shape: a batch that packs into fewer rows
-    costs less and compiles nothing.
+    costs less and compiles nothing. `shapes` are those of the function's result; needed only
+    where it may not be traced twice.
     """
     micro_batches = {name: x for name, x in batch.items() if name != "num_micro"}
 
@@ -98,7 +108,8 @@ def sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> An
         micro = jax.tree.map(lambda x: x[i], micro_batches)
         return jax.tree.map(jnp.add, total, function(micro))
 
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro_batches))
+    if shapes is None:
+        shapes = jax.eval_shape(function, first_micro_batch(batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.fori_loop(0, batch["num_micro"], accumulate, zeros)
 
@@ -119,12 +130,14 @@ def batch_gradients(
     objective: Objective,
     params: qwen3.Params,
     batch: Batch,
+    remat: str = "full",
     router_coefficient: float = 0.0,
 ) -> tuple[qwen3.Params, Metrics]:
     """Gradient and metrics of one global batch, accumulated over its used micro-batches.
 
-    All sums are float32. The router's loss, when it has a coefficient, is the mean over the
-    micro-batches.
+    All sums are float32. Each layer's gradient is added where the total lies, so that no second
+    copy of the gradients exists. The router's loss, when it has a coefficient, is the mean over
+    the micro-batches.
 
     Returns:
       The gradient; and `loss`, the token mean of each diagnostic, `tokens`, the sums of
@@ -133,11 +146,26 @@ def batch_gradients(
     """
     router_weight = router_coefficient / batch["num_micro"] if router_coefficient else None
     responses = batch["tokens"].shape[0] * batch["tokens"].shape[1]
-    loss = functools.partial(
-        micro_loss, config, objective, responses=responses, router_weight=router_weight
+    loss_of = functools.partial(
+        micro_loss, config, objective, responses=responses, remat=remat, router_weight=router_weight
     )
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (_, sums), grads = sum_over_micro_batches(lambda micro: grad(params, micro), batch)
+    first = first_micro_batch(batch)
+    if len(batch["tokens"]) == 1:
+        # Nothing to add up, so gradients stay in the type they are computed in until they are used.
+        cast = qwen3.compute_params(config, params)
+        grads, sums = jax.grad(loss_of, has_aux=True)(cast, first)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    else:
+        totals = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
+
+        def accumulate(micro: Batch) -> Metrics:
+            loss, backward, sums = jax.vjp(lambda p: loss_of(p, micro), params, has_aux=True)
+            backward.with_refs(totals)(jnp.ones_like(loss))
+            return sums
+
+        shapes = jax.eval_shape(loss_of, params, first)[1]
+        sums = sum_over_micro_batches(accumulate, batch, shapes)
+        grads = jax.tree.map(jax.freeze, totals)
     return grads, token_means(sums) | named_stats(batch)
 
 
@@ -146,9 +174,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     mesh: Mesh,
+    remat: str = "full",
     router_coefficient: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer update on one global batch; the state is donated.
+
+    `remat` is what the backward pass keeps, a key of `qwen3.REMAT_POLICIES`.
 
     An update whose loss or gradient is not finite is not made, and none after it: the state
     stays that of the last good step, for the caller to save and look at.
@@ -157,7 +188,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch):
         with on_mesh(mesh):
             grads, metrics = batch_gradients(
-                config, objective, state.params, batch, router_coefficient
+                config, objective, state.params, batch, remat, router_coefficient
             )
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

@@ -1,0 +1,165 @@
+"""What a program must compute, move and hold, by formula. Units: FLOPs, bytes, seconds."""
+
+import dataclasses
+
+import jax
+
+from lopd.models import qwen3
+from lopd.scoring import CHUNK_BYTES
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Parameters of a model: all, those that multiply a token, and those in its layers."""
+
+    total: int
+    active: int
+    layers: int
+
+
+def model_size(model: qwen3.Qwen3Config) -> Size:
+    """Counts parameters; `active` leaves out the embedding look-up and unchosen experts."""
+    params = qwen3.abstract_params(model)
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    layers = count(params["layers"])
+    active = layers + model.vocab_size * model.hidden_size
+    if model.num_experts:
+        experts = 3 * model.num_hidden_layers * model.hidden_size * model.moe_intermediate_size
+        active -= experts * (model.num_experts - model.num_experts_per_tok)
+    return Size(count(params), active, layers)
+
+
+def forward_flops(model: qwen3.Qwen3Config, tokens: float, context: float) -> float:
+    """2 FLOPs per parameter and token, and 4 · H · N per layer, token and token it attends to."""
+    attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * context
+    return tokens * (2 * model_size(model).active + attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call of a program costs all chips together, and a rough peak of one chip."""
+
+    flops: float
+    bytes_per_chip: float
+    peak_bytes: float
+
+
+def _layer_activations(model: qwen3.Qwen3Config, tokens: float, remat: str) -> float:
+    """Bytes that the backward pass keeps per layer, as `qwen3.REMAT_POLICIES` says."""
+    heads = model.num_attention_heads * model.head_dim
+    kv = model.num_key_value_heads * model.head_dim
+    width = model.num_experts_per_tok * model.moe_intermediate_size or model.intermediate_size
+    values = {
+        "full": model.hidden_size,
+        "attention": model.hidden_size + heads,
+        "dots": 4 * model.hidden_size + 2 * heads + 2 * kv + 2 * width,
+        "none": 8 * model.hidden_size + 6 * heads + 4 * kv + 4 * width,
+    }[remat]
+    return tokens * values * model.compute_dtype.itemsize
+
+
+def _working_set(model: qwen3.Qwen3Config, tokens: float, tensor: int) -> float:
+    """Bytes of one layer in progress: its gathered weights and its widest activations."""
+    width = model.num_experts_per_tok * model.moe_intermediate_size or model.intermediate_size
+    values = 4 * model.hidden_size + 3 * width / tensor
+    layer = model_size(model).layers / model.num_hidden_layers
+    return model.compute_dtype.itemsize * (tokens * values + 2 * layer / tensor)
+
+
+def training_work(
+    model: qwen3.Qwen3Config,
+    mesh: dict[str, int],
+    *,
+    rows: int,
+    row_length: int,
+    used_rows: int,
+    context: float,
+    micro_batches: int,
+    remat: str,
+) -> Work:
+    """One optimizer step: three forward passes' worth of FLOPs for `used_rows`."""
+    size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
+    tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
+    used_micro = -(-used_rows // rows)
+    kept = model.num_hidden_layers * _layer_activations(model, tokens, remat)
+    state = 12 * size.total / shards
+    gradient = 4 * size.total / shards
+    if model.dtype != "float32":
+        state += 2 * size.layers / shards  # XLA casts all layers at once
+        if micro_batches == 1:
+            gradient -= 2 * size.layers / shards
+    update = 28 * size.total / shards  # read weights, moments and gradients; write all but those
+    passes = used_micro * 3 * size.total / mesh["tensor"] * model.compute_dtype.itemsize
+    logits = CHUNK_BYTES if micro_batches > 1 else 0
+    working = _working_set(model, tokens, mesh["tensor"])
+    return Work(
+        flops=3 * forward_flops(model, used_rows * row_length, context),
+        bytes_per_chip=update + passes,
+        peak_bytes=state + gradient + kept + logits + working,
+    )
+
+
+def scoring_work(
+    model: qwen3.Qwen3Config,
+    mesh: dict[str, int],
+    *,
+    rows: int,
+    row_length: int,
+    context: float,
+    weight_bytes: int,
+) -> Work:
+    """One forward pass over `rows`."""
+    size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
+    tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
+    held = weight_bytes * size.total / shards
+    if weight_bytes > model.compute_dtype.itemsize:
+        held += model.compute_dtype.itemsize * size.total / shards
+    return Work(
+        flops=forward_flops(model, rows * row_length, context),
+        bytes_per_chip=size.total / mesh["tensor"] * model.compute_dtype.itemsize,
+        peak_bytes=held + CHUNK_BYTES + _working_set(model, tokens, mesh["tensor"]),
+    )
+
+
+def _cache_bytes(model: qwen3.Qwen3Config, positions: float) -> float:
+    values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    return positions * values * model.compute_dtype.itemsize
+
+
+def prefill_work(
+    model: qwen3.Qwen3Config,
+    mesh: dict[str, int],
+    *,
+    slots: int,
+    capacity: int,
+    batch: int,
+    length: int,
+) -> Work:
+    """Reading `batch` prompts of `length` tokens."""
+    weights = model_size(model).total * model.compute_dtype.itemsize
+    chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
+    shards = mesh["fsdp"] * mesh["tensor"]
+    held = _cache_bytes(model, slots * capacity) / chips + _cache_bytes(model, batch * length)
+    return Work(
+        flops=forward_flops(model, batch * length, length / 2),
+        bytes_per_chip=weights / mesh["tensor"],
+        peak_bytes=weights / shards + held + _working_set(model, batch * length, mesh["tensor"]),
+    )
+
+
+def decoding_work(
+    model: qwen3.Qwen3Config, mesh: dict[str, int], *, slots: int, capacity: int, steps: int
+) -> Work:
+    """`steps` tokens in each slot, its cache half full on average."""
+    weights = model_size(model).total * model.compute_dtype.itemsize
+    chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
+    shards = mesh["fsdp"] * mesh["tensor"]
+    cache = _cache_bytes(model, slots * capacity) / chips
+    logits = 4 * 4 * slots * model.vocab_size / mesh["tensor"]
+    return Work(
+        flops=forward_flops(model, slots * steps, capacity / 2),
+        bytes_per_chip=steps * (weights / shards + cache / 2),
+        peak_bytes=weights / shards + cache + logits,
+    )

@@ -1,0 +1,170 @@
+"""From a run's settings to its programs: their shapes, their work, and how often each runs."""
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_collections
+from jax.sharding import Mesh
+
+from lopd.errors import UserError
+from lopd.models import hf
+from lopd.models.presets import PRESETS
+from lopd.models.qwen3 import Qwen3Config
+from lopd.objectives import cross_entropy, lightning_opd
+from lopd.planner import costs, programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a stage: `work(mesh sizes)` by formula, `build(mesh)` to be compiled."""
+
+    stage: str
+    name: str
+    model: Qwen3Config
+    calls: float
+    """How often the recipe runs it, responses being as long as they may."""
+    rows: int
+    """What the mesh's data and fsdp axes split; 0 where they need not."""
+    work: Callable[[dict[str, int]], costs.Work]
+    build: Callable[[Mesh], tuple]
+    bound_by_memory: bool = False
+
+
+def model_shape(config: ml_collections.ConfigDict, which: str) -> Qwen3Config:
+    """The shape of the "teacher" or "student", from presets or a local folder, never the hub.
+
+    Raises:
+      UserError: if it is neither set, nor a preset, nor a folder.
+    """
+    section = config[which]
+    sft = config.sft.checkpoint if which == "student" else ""
+    name = section.checkpoint or sft
+    if section.model:
+        shape = Qwen3Config(**section.model)
+    elif name.split("/")[-1] in PRESETS:
+        shape = PRESETS[name.split("/")[-1]]
+    elif name:
+        shape = hf.checkpoint_config(hf.resolve_checkpoint(name))
+    else:
+        raise UserError(f"neither {which}.checkpoint nor {which}.model is set: which {which}?")
+    return dataclasses.replace(shape, dtype=config.dtype) if config.dtype else shape
+
+
+def _training(config, stage: str, responses: str, rows: int) -> Program:
+    recipe, which = config[stage], "teacher" if stage == "teacher" else "student"
+    model = model_shape(config, which)
+    longest = min(recipe.row_length, config.prompt_length + config[responses].response_length - 1)
+    per_row = recipe.row_length // longest
+    used_rows = -(-recipe.batch_size // per_row)
+    micro_batches = -(-recipe.batch_size // rows)
+    shape = dict(rows=rows, row_length=recipe.row_length, remat=config.runtime.remat)
+    objective = lightning_opd(config.opd.tau) if stage == "opd" else cross_entropy()
+    return Program(
+        stage=stage,
+        name="training step",
+        model=model,
+        calls=recipe.steps,
+        rows=rows,
+        work=lambda mesh: costs.training_work(
+            model,
+            mesh,
+            used_rows=used_rows,
+            context=longest / 2,
+            micro_batches=micro_batches,
+            **shape,
+        ),
+        build=lambda mesh: programs.train_step(
+            model, recipe, objective, mesh, micro_batches=micro_batches, **shape
+        ),
+    )
+
+
+def _responses(config, stage: str) -> int:
+    """How many a stage samples; where the settings say "all", as many as are trained on."""
+    section = config[stage]
+    trained = config.sft if stage == "sft_data" else config.opd
+    return (section.prompts or trained.steps * trained.batch_size) * section.samples
+
+
+def _scoring(config, which: str, rows: int) -> Program:
+    model, section = model_shape(config, which), config.precompute
+    longest = config.prompt_length + section.response_length - 1
+    used_rows = _responses(config, "precompute") / (section.row_length // longest)
+    shape = dict(rows=rows, row_length=section.row_length)
+    # The student is held as it is trained.
+    dtype = model.dtype if which == "teacher" else "float32"
+    return Program(
+        stage="precompute",
+        name=f"scoring by {'the teacher' if which == 'teacher' else 'π_ref'}",
+        model=model,
+        calls=used_rows / rows,
+        rows=rows,
+        work=lambda mesh: costs.scoring_work(
+            model,
+            mesh,
+            context=longest / 2,
+            weight_bytes=2 if dtype == "bfloat16" else 4,
+            **shape,
+        ),
+        build=lambda mesh: programs.scoring(model, mesh, dtype=dtype, **shape),
+    )
+
+
+def _sampling(config, stage: str, which: str) -> list[Program]:
+    model, section, runtime = model_shape(config, which), config[stage], config.runtime
+    responses = _responses(config, stage)
+    capacity = config.prompt_length + section.response_length
+    slots = dict(slots=runtime.slots, capacity=capacity)
+    prompts = dict(batch=runtime.prefill_batch, length=config.prompt_length)
+    return [
+        Program(
+            stage=stage,
+            name="prefill",
+            model=model,
+            calls=responses / runtime.prefill_batch,
+            rows=0,
+            work=lambda mesh: costs.prefill_work(model, mesh, **slots, **prompts),
+            build=lambda mesh: programs.prefill(model, mesh, **slots, **prompts),
+        ),
+        Program(
+            stage=stage,
+            name=f"decode {runtime.decode_steps} tokens",
+            model=model,
+            calls=responses * section.response_length / (runtime.slots * runtime.decode_steps),
+            rows=0,
+            work=lambda mesh: costs.decoding_work(model, mesh, steps=runtime.decode_steps, **slots),
+            build=lambda mesh: programs.decoding(
+                model, mesh, steps=runtime.decode_steps, top_p=section.top_p, **slots
+            ),
+            bound_by_memory=True,
+        ),
+    ]
+
+
+def list_programs(
+    config: ml_collections.ConfigDict, stages: tuple[str, ...], rows: int
+) -> list[Program]:
+    """The programs of the stages that train, sample or score, in order.
+
+    Args:
+      config: the run's settings.
+      stages: which.
+      rows: packed rows per forward pass.
+    """
+    makers = {
+        "teacher": lambda: [_training(config, "teacher", "sft_data", rows)],
+        "sft_data": lambda: _sampling(config, "sft_data", "teacher"),
+        "sft": lambda: [_training(config, "sft", "sft_data", rows)],
+        "precompute": lambda: [
+            *_sampling(config, "precompute", "student"),
+            _scoring(config, "teacher", rows),
+            _scoring(config, "student", rows),
+        ],
+        "opd": lambda: [_training(config, "opd", "precompute", rows)],
+    }
+    given = {
+        "sft_data": config.sft.checkpoint or config.sft_data.responses == "given",
+        "sft": config.sft.checkpoint,
+    }
+    wanted = [stage for stage in stages if stage in makers and not given.get(stage)]
+    return [program for stage in wanted for program in makers[stage]()]
