@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from lopd import parallel
 from lopd.artefact import Artefact, write_atomically
 from lopd.cache.reader import Records
 from lopd.context import PARAMS, Context
@@ -59,4 +60,6 @@ def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
         for record, student in zip(chosen, student_logprobs, strict=True)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not parallel.is_main():
+        return
     write_atomically(artefact.path / "rollouts.jsonl", text)
