@@ -79,7 +79,8 @@ def _quantiles(values: np.ndarray) -> str:
 
 def _ratio_lines(arrays: Arrays) -> list[str]:
     ratio, teacher = arrays.log_ratio, arrays.tokens["teacher_logprobs"]
-    curve = by_position(arrays)
+    # A handful of the longest responses would set the scale of the whole line.
+    curve = [b for b in by_position(arrays) if b["tokens"] >= ratio.size / 1000]
     far = (np.abs(ratio) > totals.FAR).mean()
     step = -(-len(curve) // 8)
     lines = [

@@ -8,8 +8,10 @@ which imitation has made small), and hardly any token is next to impossible. Ano
 turns of phrase, formats and end tokens, which π_ref has learnt from the first, unlikely again and
 again, mostly at certain positions. This is a hint and no proof: an unfinished SFT widens the gap as
 well, related teachers (of one family, or one template) hardly differ, and a lower sampling
-temperature raises the mean. Compare with a cache that is known to be consistent, not with a
-constant.
+temperature raises the mean. Two teachers of the tiny run, trained alike from different seeds,
+cannot be told apart on one cache: −0.182 nats and 0.05 % unlikely for the one that wrote the SFT
+data, −0.180 nats and 0.01 % for the other. Compare with a cache that is known to be consistent, not
+with a constant.
 """
 
 from collections.abc import Mapping, Sequence
