@@ -146,7 +146,7 @@ def test_run_ends_with_its_report(whole):
     workdir, done = whole
     assert f"report: {workdir / 'report.html'}" in done.stdout and "warning" not in done.stderr
     page = (workdir / "report.html").read_text()
-    assert "8 of 8 stages complete" in page and len(page) < 3_000_000
+    assert "9 of 9 stages complete" in page and len(page) < 3_000_000
 
 
 def test_killed_in_each_stage_and_run_again_gives_the_same(whole, tmp_path):
