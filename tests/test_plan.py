@@ -90,9 +90,9 @@ def test_mesh_that_the_widths_do_not_divide_is_not_chosen():
     assert 2560 % sizes["fsdp"] == 0
 
 
-def test_no_mesh_is_one_clear_error():
-    with pytest.raises(UserError, match="no mesh of 7 chips divides"):
-        meshes.choose(qwen3_8b.get_config(), ("opd",), parse_topology("h100:7"))
+def test_chips_that_divide_nothing_only_split_rows():
+    sizes, rows = meshes.choose(qwen3_8b.get_config(), ("opd",), parse_topology("h100:7"))
+    assert (sizes["data"], rows) == (7, 14)
 
 
 def test_what_does_not_fit_is_said_with_advice_that_helps():

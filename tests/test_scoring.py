@@ -139,7 +139,14 @@ def test_compiled_step_has_no_array_of_rows_by_length_by_vocabulary(monkeypatch,
     one device; and on a mesh no device holds the whole head."""
     rows, length, vocab = 4, 512, 30_000
     monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 128 * vocab)
-    config = dataclasses.replace(TIED, vocab_size=vocab, num_hidden_layers=1, hidden_size=32)
+    config = dataclasses.replace(
+        TIED,
+        vocab_size=vocab,
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     mesh = mesh_of(*mesh)
     step, arguments = programs.train_step(
         config,

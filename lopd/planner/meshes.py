@@ -1,7 +1,7 @@
 """Which mesh a run would take on a topology, and what would make it fit."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import ml_collections
 from jax.sharding import AbstractMesh, AxisType
@@ -58,36 +58,24 @@ def given_mesh(config: ml_collections.ConfigDict, chips: int) -> Sizes | None:
     return sizes if sizes["data"] * sizes["fsdp"] * sizes["tensor"] == chips else None
 
 
-def largest_peak(programs: Sequence[Program], sizes: Sizes) -> float:
-    """Bytes, by formula, of the program that needs most."""
-    return max(program.work(sizes).peak_bytes for program in programs)
-
-
 def choose(
     config: ml_collections.ConfigDict, stages: tuple[str, ...], topology: Topology
 ) -> tuple[Sizes, int]:
     """The first candidate that fits by formula, or the one nearest to fitting; and its rows.
 
-    Raises:
-      UserError: if no mesh of so many chips divides the models.
+    There always is one: with all chips on `data`, nothing but rows has to divide.
     """
-    limit, best = HEADROOM * topology.chip.memory_gib * GIB, None
+    limit, nearest = HEADROOM * topology.chip.memory_gib * GIB, None
     for sizes in candidates(topology.chips):
         rows = rows_for(config.runtime.rows_per_micro, sizes)
         programs = list_programs(config, stages, rows)
         if not all(divides(program, sizes) for program in programs):
             continue
-        peak = largest_peak(programs, sizes)
-        if best is None or peak < best[0]:
-            best = (peak, sizes, rows)
+        peak = max(program.work(sizes).peak_bytes for program in programs)
         if peak <= limit:
             return sizes, rows
-    if best is None:
-        raise UserError(
-            f"--topology={topology.name}: no mesh of {topology.chips} chips divides the heads, "
-            "widths and vocabularies of these models; take a power of two"
-        )
-    return best[1], best[2]
+        nearest = min(nearest or (peak, sizes, rows), (peak, sizes, rows), key=lambda t: t[0])
+    return nearest[1:]
 
 
 def suggestion(
