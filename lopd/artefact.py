@@ -157,6 +157,10 @@ class Artefact:
             }
         self.save()
 
+    def reload(self) -> None:
+        """Reads the manifest again, as another process may have written it."""
+        self.manifest = self._load()
+
     def save(self) -> None:
         """Writes the manifest as it stands; with several processes, the first one does."""
         if parallel.is_main():

@@ -235,6 +235,16 @@ def any_process(flag: bool) -> bool | jax.Array:
     return _any(flags, replicated(devices))
 
 
+def check_stop() -> None:
+    """For loops with nothing to bring to safety; every process must call it.
+
+    Raises:
+      Stopped: if any process was asked to stop.
+    """
+    if any_process(shutdown.requested()):
+        raise shutdown.Stopped
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _any(flags: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(jnp.any(flags), sharding)

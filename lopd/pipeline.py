@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel, report, shutdown
+from lopd import parallel, report
 from lopd.artefact import Artefact, absolute, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
@@ -35,7 +35,6 @@ WORKER_STAGES = ("sft_data", "precompute", "heldout")
 
 # Whose position limit a stage's responses must keep within.
 _SAMPLED = {"teacher": {*WORKER_STAGES}, "student": {"precompute", "heldout"}}
-_SAMPLING = {*WORKER_STAGES, "eval"}
 _READ_PROMPTS = (sft_data, precompute, heldout, evaluation)
 _NEEDS = {
     "teacher": (),
@@ -90,11 +89,6 @@ def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
 def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
     """Everything that can be refused without the outputs of stages still to run."""
     lopd_config.validate(ctx.config, stages)
-    if jax.process_count() > 1 and _SAMPLING & {*stages}:
-        raise UserError(
-            f"stages {', '.join(s for s in stages if s in _SAMPLING)} sample, which one process "
-            f"must do alone for now: run them so, then the others on {jax.process_count()}"
-        )
     for which in ("teacher", "student"):
         if which == "teacher" and not _uses_teacher(ctx, stages):
             continue
@@ -173,8 +167,7 @@ def run(
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     for number, name in enumerate(ordered, start=1):
-        if parallel.any_process(shutdown.requested()):
-            raise shutdown.Stopped
+        parallel.check_stop()
         title = f"[{number}/{len(ordered)}] {name}"
         if ctx.given(name):
             _say(f"{title}: given, {ctx.given(name)}")

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from lopd import parallel
 from lopd.artefact import Artefact, file_sha256, is_local, sync
 from lopd.cache import schema, totals
 from lopd.errors import UserError
@@ -113,6 +114,8 @@ def copy_shard(artefact: Artefact, source: epath.Path, entry: dict) -> None:
 class ShardWriter:
     """Writes shards in a thread, one at a time, while the caller goes on; a context manager.
 
+    With several processes, all make them and the first one writes.
+
     A failure is raised in the caller at the next `put` or `check`, or at the end; nothing is
     written after it.
     """
@@ -132,7 +135,8 @@ class ShardWriter:
 
         def write() -> None:
             records, counted = make()
-            write_shard(self._artefact, self._fields, index, self._count, records, counted)
+            if parallel.is_main():
+                write_shard(self._artefact, self._fields, index, self._count, records, counted)
 
         self._wait()
         self._last = self._thread.submit(write)

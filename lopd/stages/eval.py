@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lopd import parallel, shutdown
+from lopd import parallel
 from lopd.artefact import Artefact, write_atomically
 from lopd.context import Context
 from lopd.models.qwen3 import Params
@@ -57,7 +57,7 @@ def _grade_one(
     labels = np.full(correct.shape, None, object)
     tokens, finished, lines = 0, 0, []
     for response in responses:
-        shutdown.check()
+        parallel.check_stop()
         place = divmod(response.index, samples)
         problem, text = problems[place[0]], ctx.tokenizer.decode(response.tokens)
         if response.finished:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from lopd import parallel, shutdown
+from lopd import parallel
 from lopd.artefact import Artefact
 from lopd.cache import reader, schema, totals, writer
 from lopd.context import Context
@@ -185,7 +185,7 @@ def _teacher_pass(
     counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
     with writer.ShardWriter(artefact, _fields(ctx), plan.count) as shards:
         for index in bar(plan.missing, total=len(plan.missing), label="teacher", unit="shards"):
-            shutdown.check()
+            parallel.check_stop()
             name = schema.shard_name(index, plan.count)
             records = reader.read_shard(sampled, name)
             scores = dispatch(records)
@@ -256,8 +256,10 @@ def sample_and_score(
         first = dataclasses.replace(plan, missing=sorted(todo))
         if first.missing:
             _sampling_pass(ctx, sampled, section, first, None)
+            parallel.barrier(f"{sampled.path} written")
+            sampled.reload()
         _teacher_pass(ctx, artefact, section, plan, sampled)
-    if sampled.path.exists():
+    if parallel.is_main() and sampled.path.exists():
         sampled.path.rmtree()
     return {
         **rollouts.finish(ctx, artefact),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lopd import shutdown
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact
 from lopd.cache import writer
 from lopd.context import Context
@@ -134,6 +134,7 @@ def write_responses(
     wanted = [i for shard in plan.missing for i in plan.members(shard)]
     progress = bar(total=len(wanted), label=artefact.path.name, unit="responses")
     filling: dict[int, list[Response]] = {}
+    stopped = False
     with writer.ShardWriter(artefact, fields, plan.count) as shards:
         for response in sample([plan.requests[i] for i in wanted]):
             shard = wanted[response.index] // plan.per_shard
@@ -146,14 +147,17 @@ def write_responses(
                 progress.set_postfix_str(shown, refresh=False)
             progress.update()
             shards.check()
-            if shutdown.requested():
+            if stopped := bool(parallel.any_process(shutdown.requested())):
                 break
     progress.close()
-    shutdown.check()
+    if stopped:
+        raise shutdown.Stopped
 
 
 def finish(ctx: Context, artefact: Artefact) -> dict:
     """Makes the shards a dataset, unless they are a worker's part; returns what they amount to."""
-    if not ctx.worker:
+    if not ctx.worker and parallel.is_main():
         writer.write_metadata(artefact)
+    parallel.barrier(f"{artefact.path} written")
+    artefact.reload()
     return writer.outputs(artefact)
