@@ -41,9 +41,8 @@ class Row:
 
 def _compiled_peak_gib(program, mesh) -> float:
     """What one chip needs at most, also when the compiler refuses because that is too much."""
-    step, arguments = program.build(mesh)
     try:
-        memory = step.lower(*arguments).compile().memory_analysis()
+        memory = program.build(mesh).compile().memory_analysis()
         return memory.peak_memory_in_bytes / 2**30
     except RuntimeError as error:
         units = {"M": 2**-10, "G": 1.0, "T": 2.0**10}

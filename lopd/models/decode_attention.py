@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lopd.models.sharding import current_platform
+
 CHUNK = 128
 """Positions read at a time. 128 was the fastest of 64 to 512 on CPU, with blocks of rows."""
 
@@ -23,18 +25,12 @@ _BLOCK_BYTES = 256 * 1024
 _MASKED = -1e30
 
 
-def _platform() -> str:
-    """What the program being traced will run on."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
 def block_rows(kv_heads: int, capacity: int, head_dim: int, itemsize: int) -> int | None:
     """How many rows are read together; None: all, as on accelerators.
 
     A row's bits depend on it, so whoever wants them always alike keeps whole blocks of rows.
     """
-    if _platform() != "cpu":
+    if current_platform() != "cpu":
         return None
     row = kv_heads * min(CHUNK, capacity) * head_dim * itemsize
     return min(64, 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1))

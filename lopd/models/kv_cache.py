@@ -15,23 +15,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lopd.models.decode_attention import CHUNK, attend_filled
+from lopd.models.sharding import ROWS, current_mesh, spec
 
-ROWS = ("data", "fsdp")
-CACHE_SPEC = PartitionSpec(ROWS, "tensor")
+CACHE_SPEC = spec("rows", "kv_heads")
 """Where the [B, K, C, N] arrays of a layer lie."""
 
 
 def _per_device(function: Callable, in_specs, out_specs) -> Callable:
     """`function` on each device's own part, or on the whole where no mesh is traced for."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if current_mesh() is None:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _own_rows(rows: jax.Array, count: int) -> jax.Array:
     """Global row numbers as this device's; `count` stands for rows of other devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
+    if mesh := current_mesh():
         first = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
         rows = rows - first * count
     return jnp.where((rows >= 0) & (rows < count), rows, count)
@@ -82,7 +81,7 @@ class LayerCache:
             out = attend_filled(q, k, v, jnp.where(active, positions + 1, 1))
             return jnp.pad(out, ((0, padding), (0, 0), (0, 0))), k, v
 
-        rows = PartitionSpec(ROWS)
+        rows = ROWS
         step = _per_device(
             step,
             (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC, rows, rows, CACHE_SPEC, CACHE_SPEC),

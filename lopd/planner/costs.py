@@ -5,6 +5,8 @@ import dataclasses
 import jax
 
 from lopd.models import qwen3
+from lopd.sampling.engine import PROMPTS_PER_CALL, prompts_at_once
+from lopd.sampling.placement import tensor_for_sampling
 from lopd.scoring import CHUNK_BYTES
 
 GIB = 2**30
@@ -128,24 +130,28 @@ def _cache_bytes(model: qwen3.Qwen3Config, positions: float) -> float:
     return positions * values * model.compute_dtype.itemsize
 
 
-def prefill_work(
-    model: qwen3.Qwen3Config,
-    mesh: dict[str, int],
-    *,
-    slots: int,
-    capacity: int,
-    batch: int,
-    length: int,
-) -> Work:
-    """Reading `batch` prompts of `length` tokens."""
-    weights = model_size(model).total * model.compute_dtype.itemsize
+def sampling_sizes(model: qwen3.Qwen3Config, mesh: dict[str, int]) -> dict[str, int]:
+    """The mesh sizes that sampling uses on the same chips, as `placement.sampling_mesh`."""
     chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
-    shards = mesh["fsdp"] * mesh["tensor"]
-    held = _cache_bytes(model, slots * capacity) / chips + _cache_bytes(model, batch * length)
+    tensor = tensor_for_sampling(model, mesh["fsdp"] * mesh["tensor"])
+    return {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
+
+
+def prefill_work(
+    model: qwen3.Qwen3Config, mesh: dict[str, int], *, slots: int, capacity: int, length: int
+) -> Work:
+    """Reading `PROMPTS_PER_CALL` prompts of `length` tokens."""
+    mesh = sampling_sizes(model, mesh)
+    weights = model_size(model).total * model.compute_dtype.itemsize / mesh["tensor"]
+    at_once = prompts_at_once(length, mesh["data"], "tpu")
+    tokens = at_once * length / mesh["data"]
+    chips = mesh["data"] * mesh["tensor"]
+    held = _cache_bytes(model, slots * capacity) / chips
+    held += _cache_bytes(model, tokens) / mesh["tensor"]
     return Work(
-        flops=forward_flops(model, batch * length, length / 2),
-        bytes_per_chip=weights / mesh["tensor"],
-        peak_bytes=weights / shards + held + _working_set(model, batch * length, mesh["tensor"]),
+        flops=forward_flops(model, PROMPTS_PER_CALL * length, length / 2),
+        bytes_per_chip=weights * -(-PROMPTS_PER_CALL // at_once),
+        peak_bytes=weights + held + _working_set(model, tokens, mesh["tensor"]),
     )
 
 
@@ -153,13 +159,12 @@ def decoding_work(
     model: qwen3.Qwen3Config, mesh: dict[str, int], *, slots: int, capacity: int, steps: int
 ) -> Work:
     """`steps` tokens in each slot, its cache half full on average."""
-    weights = model_size(model).total * model.compute_dtype.itemsize
-    chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
-    shards = mesh["fsdp"] * mesh["tensor"]
-    cache = _cache_bytes(model, slots * capacity) / chips
-    logits = 4 * 4 * slots * model.vocab_size / mesh["tensor"]
+    mesh = sampling_sizes(model, mesh)
+    weights = model_size(model).total * model.compute_dtype.itemsize / mesh["tensor"]
+    cache = _cache_bytes(model, slots * capacity) / (mesh["data"] * mesh["tensor"])
+    logits = 4 * 4 * slots / mesh["data"] * model.vocab_size / mesh["tensor"]
     return Work(
         flops=forward_flops(model, slots * steps, capacity / 2),
-        bytes_per_chip=steps * (weights / shards + cache / 2),
-        peak_bytes=weights / shards + cache + logits,
+        bytes_per_chip=steps * (weights + cache / 2),
+        peak_bytes=weights + cache + logits,
     )

@@ -111,7 +111,7 @@ def suggestion(
         (f"--config.mesh.data=1 --config.mesh.fsdp={per_chip['fsdp']}", {}, rows, per_chip),
     ]
     for slots in (64, 32, 16):
-        change = {"runtime.slots": slots, "runtime.prefill_batch": min(16, slots)}
+        change = {"runtime.slots": slots}
         text = " ".join(f"--config.{key}={value}" for key, value in change.items())
         tries.append((text, change, rows, sizes))
     for text, changes, changed_rows, changed_sizes in tries:

@@ -1,20 +1,24 @@
-"""The jitted programs of a run with the shapes of their arguments, ready to be compiled.
+"""The jitted programs of a run, lowered for the shapes of their arguments, ready to be compiled.
 
 Nothing here holds an array: a program can be lowered for devices that do not exist.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from lopd import parallel
+from lopd.data.batches import RESPONSE_STATS
 from lopd.models import qwen3
-from lopd.models.sharding import ROW_AXES
+from lopd.models.kv_cache import CACHE_SPEC
+from lopd.models.sharding import on_mesh
 from lopd.objectives import Objective
 from lopd.sampling import decode
+from lopd.sampling.draw import Truncation
+from lopd.sampling.engine import PROMPTS_PER_CALL, group_shape, prompts_at_once, row_shards
+from lopd.sampling.placement import sampling_mesh
 from lopd.scoring import score_rows
 from lopd.training.state import abstract_state, make_optimizer
 from lopd.training.step import make_train_step
@@ -46,34 +50,32 @@ def train_step(
     rows: int,
     row_length: int,
     remat: str = "full",
-) -> tuple:
-    """The optimizer step over `micro_batches` of `rows` packed rows, and its arguments."""
+) -> Lowered:
+    """The optimizer step over `micro_batches` of `rows` packed rows."""
     optimizer = make_optimizer(recipe)
     shape, sharding = (micro_batches, rows, row_length), parallel.rows_sharding(mesh, leading=1)
     batch = {
         **_arrays(INT_FIELDS, shape, jnp.int32, sharding),
         **_arrays(("mask",), shape, jnp.bool_, sharding),
         **_arrays(FLOAT_FIELDS, shape, jnp.float32, sharding),
+        **_arrays(("response_stats",), (*shape[:2], len(RESPONSE_STATS)), jnp.float32, sharding),
         **_arrays(("num_micro",), (), jnp.int32, parallel.replicated(mesh)),
     }
     step = make_train_step(model, optimizer, objective, mesh, remat)
-    return step, (abstract_state(model, optimizer, mesh), batch)
+    return step.lower(abstract_state(model, optimizer, mesh), batch)
 
 
 def scoring(
     model: qwen3.Qwen3Config, mesh: Mesh, *, rows: int, row_length: int, dtype: str
-) -> tuple:
+) -> Lowered:
     """The forward pass that scores `rows` packed rows, by weights held in `dtype`."""
     sharding = parallel.rows_sharding(mesh)
     batch = _arrays(INT_FIELDS, (rows, row_length), jnp.int32, sharding)
-    return jax.jit(functools.partial(score_rows, model, mesh, 0)), (
-        _params(model, mesh, dtype),
-        batch,
-    )
+    return score_rows.lower(model, mesh, 0, _params(model, mesh, dtype), batch)
 
 
-def _decode_arguments(model, mesh, slots: int, capacity: int) -> tuple:
-    """Weights, one dict per layer, and the state of all slots."""
+def _sampling_arguments(model, mesh: Mesh, slots: int, capacity: int) -> tuple:
+    """Weights, one dict per layer, and the state of all rows, as the sampler lays them out."""
     params = _params(model, mesh, model.dtype)
 
     def layer(x):
@@ -81,37 +83,54 @@ def _decode_arguments(model, mesh, slots: int, capacity: int) -> tuple:
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, spec))
 
     params["layers"] = (jax.tree.map(layer, params["layers"]),) * model.num_hidden_layers
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    cache = PartitionSpec(ROW_AXES if slots % rows == 0 else None, None, "tensor")
-    state = jax.tree.map(
+    with on_mesh(mesh):
+        rows, cache_rows = group_shape(model, slots, capacity, mesh)
+    state = jax.eval_shape(lambda: decode.empty_state(model, rows, cache_rows, capacity))
+    return params, jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape,
             x.dtype,
-            sharding=NamedSharding(mesh, cache if x.ndim == 4 else PartitionSpec()),
+            sharding=NamedSharding(mesh, CACHE_SPEC if x.ndim == 4 else PartitionSpec()),
         ),
-        jax.eval_shape(lambda: decode.empty_state(model, slots, capacity)),
+        state,
     )
-    return params, state
 
 
 def prefill(
-    model: qwen3.Qwen3Config, mesh: Mesh, *, slots: int, capacity: int, batch: int, length: int
-) -> tuple:
-    """Reading `batch` prompts of `length` tokens into slots."""
+    model: qwen3.Qwen3Config, mesh: Mesh, *, slots: int, capacity: int, length: int
+) -> Lowered:
+    """Reading a call's worth of prompts of `length` tokens into rows."""
+    mesh = sampling_mesh(model, mesh)
     whole = parallel.replicated(mesh)
-    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
-    ids = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=whole)
-    arguments = _decode_arguments(model, mesh, slots, capacity)
-    return decode.prefill, (model, *arguments, int32(batch, length), *(int32(batch),) * 2, ids, ids)
+    at_once = prompts_at_once(length, row_shards(mesh), mesh.devices.flat[0].platform)
+    size = max(PROMPTS_PER_CALL, at_once)
+
+    def array(dtype, *shape: int):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    ints, ids = array(jnp.int32, size), array(jnp.uint32, size)
+    tokens = array(jnp.int32, size, length)
+    prompts = decode.Prompts(array(jnp.int32), tokens, ints, ints, ids, ids)
+    arguments = _sampling_arguments(model, mesh, slots, capacity)
+    with on_mesh(mesh):
+        return decode.prefill.lower(model, at_once, *arguments, prompts)
 
 
 def decoding(
-    model: qwen3.Qwen3Config, mesh: Mesh, *, slots: int, capacity: int, steps: int, top_p: float
-) -> tuple:
+    model: qwen3.Qwen3Config,
+    mesh: Mesh,
+    *,
+    slots: int,
+    capacity: int,
+    steps: int,
+    truncation: Truncation,
+) -> Lowered:
     """Decoding `steps` tokens in all slots."""
+    mesh = sampling_mesh(model, mesh)
     whole = parallel.replicated(mesh)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)  # noqa: E731
     end_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
-    arguments = (*_decode_arguments(model, mesh, slots, capacity), scalar(jnp.uint32))
+    arguments = (*_sampling_arguments(model, mesh, slots, capacity), scalar(jnp.uint32))
     arguments += (scalar(jnp.float32), end_ids, scalar(jnp.int32))
-    return decode.decode, (model, steps, top_p, *arguments)
+    with on_mesh(mesh):
+        return decode.decode.lower(model, steps, truncation, *arguments)

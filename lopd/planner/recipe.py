@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import ml_collections
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from lopd.errors import UserError
 from lopd.models import hf
@@ -12,6 +13,11 @@ from lopd.models.presets import PRESETS
 from lopd.models.qwen3 import Qwen3Config
 from lopd.objectives import cross_entropy, lightning_opd
 from lopd.planner import costs, programs
+from lopd.sampling.draw import Truncation
+from lopd.sampling.engine import PROMPTS_PER_CALL, prompt_bucket
+
+DEFAULT_SLOTS = 128
+"""Slots planned for where the settings leave their number to the memory (`runtime.slots=0`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Program:
     rows: int
     """What the mesh's data and fsdp axes split; 0 where they need not."""
     work: Callable[[dict[str, int]], costs.Work]
-    build: Callable[[Mesh], tuple]
+    build: Callable[[Mesh], Lowered]
     bound_by_memory: bool = False
 
 
@@ -114,27 +120,31 @@ def _sampling(config, stage: str, which: str) -> list[Program]:
     model, section, runtime = model_shape(config, which), config[stage], config.runtime
     responses = _responses(config, stage)
     capacity = config.prompt_length + section.response_length
-    slots = dict(slots=runtime.slots, capacity=capacity)
-    prompts = dict(batch=runtime.prefill_batch, length=config.prompt_length)
+    slots = dict(slots=runtime.slots or DEFAULT_SLOTS, capacity=capacity)
+    length = prompt_bucket(config.prompt_length, capacity)
     return [
         Program(
             stage=stage,
             name="prefill",
             model=model,
-            calls=responses / runtime.prefill_batch,
+            calls=responses / PROMPTS_PER_CALL,
             rows=0,
-            work=lambda mesh: costs.prefill_work(model, mesh, **slots, **prompts),
-            build=lambda mesh: programs.prefill(model, mesh, **slots, **prompts),
+            work=lambda mesh: costs.prefill_work(model, mesh, **slots, length=length),
+            build=lambda mesh: programs.prefill(model, mesh, **slots, length=length),
         ),
         Program(
             stage=stage,
             name=f"decode {runtime.decode_steps} tokens",
             model=model,
-            calls=responses * section.response_length / (runtime.slots * runtime.decode_steps),
+            calls=responses * section.response_length / (slots["slots"] * runtime.decode_steps),
             rows=0,
             work=lambda mesh: costs.decoding_work(model, mesh, steps=runtime.decode_steps, **slots),
             build=lambda mesh: programs.decoding(
-                model, mesh, steps=runtime.decode_steps, top_p=section.top_p, **slots
+                model,
+                mesh,
+                steps=runtime.decode_steps,
+                truncation=Truncation(section.top_k, section.top_p, section.min_p),
+                **slots,
             ),
             bound_by_memory=True,
         ),

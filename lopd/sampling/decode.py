@@ -1,7 +1,7 @@
 """The device side of sampling: prefill prompts into rows, decode all rows together.
 
 Everything here is pure and jitted once per shape. The state is donated, so the key/value cache is
-updated in place. To run on a mesh, call under `jax.sharding.use_abstract_mesh`: rows lie over data
+updated in place. To run on a mesh, call under `sharding.on_mesh`: rows lie over data
 and fsdp, heads over tensor, and what the host reads is on every device.
 
 A row is at most one response being decoded; `lopd.sampling.engine` decides which rows are in use.
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lopd.models import qwen3
-from lopd.models.kv_cache import CACHE_SPEC, ROWS, KVCache, empty_cache
+from lopd.models.kv_cache import CACHE_SPEC, KVCache, empty_cache
+from lopd.models.sharding import ROWS, current_mesh
 from lopd.sampling.draw import Drawn, Truncation, draw
 
 
@@ -58,7 +59,7 @@ class DecodeOutput:
 
 def _constrain(tree, spec: PartitionSpec):
     """`tree` laid out so on the mesh that is traced for, if there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if current_mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
 
@@ -105,13 +106,13 @@ def prefill(
     def read(i, cache):
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once)  # noqa: E731
         tokens, length = part(prompts.tokens), part(prompts.length)
-        tokens = _constrain(tokens, PartitionSpec(ROWS))
+        tokens = _constrain(tokens, ROWS)
         segment_ids = (jnp.arange(tokens.shape[1]) < length[:, None]).astype(jnp.int32)
         prefix = qwen3.prefill(config, params, tokens, segment_ids)
         return cache.insert(prefix, part(cache_row))
 
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    mesh = current_mesh()
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     per_device, cached = (len(x) // shards for x in (state.token, state.cache.layers[0].k))
     cache_row = prompts.row // per_device * cached + prompts.row % per_device
     calls = (prompts.count + at_once - 1) // at_once

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lopd.models import qwen3
 from lopd.models.decode_attention import block_rows
+from lopd.models.sharding import on_mesh
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
 
@@ -26,7 +27,7 @@ if there are fewer slots, and in turns if there are more. 64 rows reach 76 to 87
 arithmetic peak in a layer's products.
 """
 
-_PROMPTS_PER_CALL = 64
+PROMPTS_PER_CALL = 64
 
 _IN_FLIGHT = 2
 """Decode calls dispatched before the oldest is read, so that the device never waits for the host.
@@ -100,9 +101,10 @@ class Stats:
             self._offered += offered
 
 
-def _bucket(length: int) -> int:
+def prompt_bucket(length: int, capacity: int) -> int:
     """The power of two at or above a prompt length, so that few shapes are compiled."""
-    return max(8, 1 << (length - 1).bit_length())
+    # It may pass a capacity that is not a power of two.
+    return min(max(8, 1 << (length - 1).bit_length()), capacity)
 
 
 class _Slot:
@@ -153,24 +155,33 @@ class _Call:
     results: tuple
 
 
-def _shards(mesh: Mesh | None) -> int:
+def row_shards(mesh: Mesh | None) -> int:
     """Into how many parts rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
 
 
-def group_rows(config: qwen3.Qwen3Config, slots: int, mesh: Mesh | None) -> int:
-    """Rows of one decode program: see `EXACT_ROWS` for float32, else one row per slot."""
-    shards = _shards(mesh)
-    if config.compute_dtype == jnp.float32:
-        return EXACT_ROWS * shards
-    return -(-slots // shards) * shards
+def group_shape(
+    config: qwen3.Qwen3Config, slots: int, capacity: int, mesh: Mesh | None
+) -> tuple[int, int]:
+    """Rows of one decode program for at most `slots` slots, and those of them that have a cache.
+
+    To be called where the program is. See `EXACT_ROWS` for float32; else one row per slot.
+    """
+    shards = row_shards(mesh)
+    used = -(-slots // shards)
+    if config.compute_dtype != jnp.float32:
+        return used * shards, used * shards
+    used = min(used, EXACT_ROWS)
+    # Attention's bits depend on its blocks, so those are whole.
+    block = block_rows(config.num_key_value_heads, capacity, config.head_dim, 4) or EXACT_ROWS
+    cached = min(EXACT_ROWS, -(-used // block) * block)
+    return EXACT_ROWS * shards, cached * shards
 
 
-def prompts_at_once(bucket: int, mesh: Mesh | None) -> int:
+def prompts_at_once(bucket: int, shards: int, platform: str) -> int:
     """Prompts per forward pass of a prefill: enough tokens to keep the arithmetic busy."""
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
     tokens = 64 if platform == "cpu" else 512
-    return max(1, tokens // bucket) * _shards(mesh)
+    return max(1, tokens // bucket) * shards
 
 
 class _Engine:
@@ -179,11 +190,13 @@ class _Engine:
     def __init__(self, config, params, sampling, slots, capacity, decode_steps, mesh, stats):
         self.config, self.params, self.sampling = config, params, sampling
         self.capacity, self.decode_steps, self.mesh = capacity, decode_steps, mesh
+        self.platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
         self.stats = stats
         stats.slots = slots
         if not stats.tokens:
             stats.started = time.monotonic()
-        self.rows = group_rows(config, slots, mesh)
+        with self.on_mesh():
+            self.rows = group_shape(config, slots, capacity, mesh)[0]
         self.groups = [
             self._group(min(self.rows, slots - first)) for first in range(0, slots, self.rows)
         ]
@@ -196,15 +209,11 @@ class _Engine:
 
     def _group(self, slots: int) -> _Group:
         """Idle rows, and which of them are slots: the same number on each device, or one less."""
-        c, shards = self.config, _shards(self.mesh)
+        shards = row_shards(self.mesh)
         used, per_device = -(-slots // shards), self.rows // shards
         with self.on_mesh():
-            cached = used
-            if c.compute_dtype == jnp.float32:  # attention's bits depend on its blocks
-                shape = c.num_key_value_heads, self.capacity, c.head_dim, 4
-                block = block_rows(*shape) or per_device
-                cached = min(per_device, -(-used // block) * block)
-            state = decode.empty_state(c, self.rows, cached * shards, self.capacity)
+            cached = group_shape(self.config, slots, self.capacity, self.mesh)[1]
+            state = decode.empty_state(self.config, self.rows, cached, self.capacity)
         usable = [row for row in range(self.rows) if row % per_device < used]
         return _Group(state, dict.fromkeys(usable[:slots]))
 
@@ -212,7 +221,7 @@ class _Engine:
         """The context to call `decode` in; none for one device."""
         if self.mesh is None or self.mesh.size == 1:
             return contextlib.nullcontext()
-        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        return on_mesh(self.mesh)
 
     def fill(self, group: _Group, pending: Iterator[tuple[int, Request]]) -> bool:
         """Puts pending requests into free slots; False once there are none left."""
@@ -224,19 +233,18 @@ class _Engine:
                 remain = False
                 break
             group.slots[row] = _Slot(*item)
-            # A prompt's bucket may pass a capacity that is not a power of two.
-            bucket = min(_bucket(len(item[1].prompt_tokens)), self.capacity)
+            bucket = prompt_bucket(len(item[1].prompt_tokens), self.capacity)
             taken.setdefault(bucket, []).append(row)
         for bucket, members in sorted(taken.items()):
-            at_once = prompts_at_once(bucket, self.mesh)
-            size = max(_PROMPTS_PER_CALL, at_once)
+            at_once = prompts_at_once(bucket, row_shards(self.mesh), self.platform)
+            size = max(PROMPTS_PER_CALL, at_once)
             for start in range(0, len(members), size):
                 self._prefill(group, members[start : start + size], bucket, at_once)
         return remain
 
     def _prefill(self, group: _Group, members: Sequence[int], bucket: int, at_once: int) -> None:
         """One prefill call for the slots in `members`."""
-        size = max(_PROMPTS_PER_CALL, at_once)
+        size = max(PROMPTS_PER_CALL, at_once)
         tokens = np.zeros((size, bucket), np.int32)
         length = np.ones(size, np.int32)
         row = np.full(size, self.rows, np.int32)  # past the end: dropped

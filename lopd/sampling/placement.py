@@ -24,6 +24,12 @@ _LOGIT_ARRAYS = 4
 """Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
 
 
+def tensor_for_sampling(config: qwen3.Qwen3Config, devices: int) -> int:
+    """The most of `devices` that can share the weights: they split heads, MLP and vocabulary."""
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    return math.gcd(devices, config.num_key_value_heads, config.vocab_size, width)
+
+
 def sampling_mesh(config: qwen3.Qwen3Config, mesh: Mesh) -> Mesh:
     """The same devices with as much of fsdp as possible turned into tensor, and the rest into data.
 
@@ -31,11 +37,7 @@ def sampling_mesh(config: qwen3.Qwen3Config, mesh: Mesh) -> Mesh:
     fsdp, all of them would be gathered for every token. Every device then holds 1 / tensor of the
     weights. What limits tensor are key/value heads, of which each device needs whole ones.
     """
-    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
-    tensor = math.gcd(
-        mesh.shape["fsdp"] * mesh.shape["tensor"],
-        *(config.num_key_value_heads, config.vocab_size, width),
-    )
+    tensor = tensor_for_sampling(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     devices = mesh.devices.reshape(-1, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
