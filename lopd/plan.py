@@ -46,7 +46,8 @@ def _compiled_peak_gib(program, mesh) -> float:
         return memory.peak_memory_in_bytes / 2**30
     except RuntimeError as error:
         units = {"M": 2**-10, "G": 1.0, "T": 2.0**10}
-        used = re.search(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm", str(error))
+        said = r"(?:Used |temporaries \()([\d.]+)([MGT])(?: of [\d.]+[MGT] hbm|\) exceeds)"
+        used = re.search(said, str(error))
         if not used:
             raise
         return float(used[1]) * units[used[2]]

@@ -147,7 +147,9 @@ def test_sft_loss_with_router_equals_transformers(params, reference):
     batch = micro_batches(records, row_length=24, rows_per_micro=4, reduction="token_mean")
     coefficient = 0.3
     grads, metrics = jax.jit(
-        lambda params, batch: batch_gradients(MOE, cross_entropy(), params, batch, coefficient)
+        lambda params, batch: batch_gradients(
+            MOE, cross_entropy(), params, batch, router_coefficient=coefficient
+        )
     )(params, batch)
 
     micro = {name: torch.tensor(a[0]) for name, a in batch.items() if a.ndim}

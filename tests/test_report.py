@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lopd import report
+from lopd.artefact import FORMAT_VERSION, Artefact
 from lopd.config import STAGES
 from lopd.errors import UserError
 from lopd.report import __main__ as report_main
@@ -58,11 +59,17 @@ def lines(rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def save_manifest(folder, manifest) -> None:
+    artefact = Artefact(folder)
+    artefact.manifest = manifest
+    artefact.save()
+
+
 def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
     folder = workdir / name
     folder.mkdir(parents=True)
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "stage": name,
         "complete": complete,
         "code_version": "0.1.0",
@@ -71,7 +78,7 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
         "outputs": {"fingerprint": f"{name}-print"} if complete else {},
         "seconds": 90.0 if complete else 0.0,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    save_manifest(folder, manifest)
     if name in reading.TRAINING:
         (folder / "metrics.jsonl").write_text(lines(metrics()))
 
@@ -253,9 +260,8 @@ def test_partial_run_says_what_is_missing(tmp_path, keep):
     if keep == "opd":
         (path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     if keep == "eval":
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest["results"] = {"sft": {"task/greedy": result(0.25)}}
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        manifest = Artefact(path).manifest
+        save_manifest(path, manifest | {"results": {"sft": {"task/greedy": result(0.25)}}})
     text = " ".join(Parsed(report.write_report([tmp_path / "run"]).read_text()).text.split())
     assert f"Not finished: {keep}." in text
     assert "Not in this folder: " in text

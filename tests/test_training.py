@@ -205,8 +205,8 @@ def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):
     cache.begin("precompute", {}, {})
     with monkeypatch.context() as patch:
         patch.setattr(schema, "check_record", lambda *_: None)
-        writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source)
-    writer.write_metadata(cache, schema.SCORED_FIELDS)
+        writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source, {})
+    writer.write_metadata(cache)
     data = batches(source=Records(cache))
     with pytest.raises(
         UserError, match=r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"

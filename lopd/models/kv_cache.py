@@ -36,6 +36,20 @@ def _own_rows(rows: jax.Array, count: int) -> jax.Array:
     return jnp.where((rows >= 0) & (rows < count), rows, count)
 
 
+def _write_at(
+    cache_BKCN: jax.Array, new_BKN: jax.Array, positions_B: jax.Array, active_B: jax.Array
+) -> jax.Array:
+    """The cache with each active row's new vectors at its position."""
+    B, K, C, N = cache_BKCN.shape
+    # One index per vector: with (row, position) as indices and heads between them, XLA for TPU
+    # copies the whole cache into another layout and back.
+    index_BK = (jnp.arange(B * K).reshape(B, K)) * C + positions_B[:, None]
+    index_BK = jnp.where(active_B[:, None], index_BK, B * K * C)
+    vectors = new_BKN.reshape(B * K, N).astype(cache_BKCN.dtype)
+    flat = cache_BKCN.reshape(B * K * C, N)
+    return flat.at[index_BK.reshape(-1)].set(vectors, mode="drop").reshape(cache_BKCN.shape)
+
+
 @flax.struct.dataclass
 class LayerCache:
     """One layer's keys and values, each [B, K, C, N]."""
@@ -74,17 +88,14 @@ class LayerCache:
             q, k_new, v_new, positions, active = (
                 x[:count] for x in (q, k_new, v_new, positions, active)
             )
-            rows = jnp.arange(count)
-            at = jnp.where(active, positions, k.shape[2])
-            k = k.at[rows, :, at].set(k_new.astype(k.dtype), mode="drop")
-            v = v.at[rows, :, at].set(v_new.astype(v.dtype), mode="drop")
+            k = _write_at(k, k_new, positions, active)
+            v = _write_at(v, v_new, positions, active)
             out = attend_filled(q, k, v, jnp.where(active, positions + 1, 1))
             return jnp.pad(out, ((0, padding), (0, 0), (0, 0))), k, v
 
-        rows = ROWS
         step = _per_device(
             step,
-            (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC, rows, rows, CACHE_SPEC, CACHE_SPEC),
+            (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC, ROWS, ROWS, CACHE_SPEC, CACHE_SPEC),
             (CACHE_SPEC, CACHE_SPEC, CACHE_SPEC),
         )
         out, k, v = step(q_BHN, k_BKN, v_BKN, positions, active, self.k, self.v)

@@ -92,19 +92,18 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
     tests, params = prompts(ctx), _params(ctx, name)
     total = sum(len(problems) + len(wanted) for problems, wanted in tests.values())
-    progress = bar(total=total, label=f"eval {name}", unit="responses")
     results, lines = {}, []
     modes = {"greedy": (0.0, 1), "sampled": (ctx.config.eval.temperature, ctx.config.eval.samples)}
-    for mode, (temperature, samples) in modes.items():
-        sample = common.sampler(
-            ctx, MODELS[name], params, ctx.config.eval, "eval sampling", temperature
-        )
-        for test, (problems, wanted) in tests.items():
-            responses = sample([r for r in wanted if r.sample_id < samples])
-            result, graded = _grade_one(ctx, problems, counted(responses, progress), samples)
-            results[f"{test}/{mode}"] = {**result, "temperature": temperature}
-            lines += [{"test": test, "mode": mode, **line} for line in graded]
-    progress.close()
+    with bar(total=total, label=f"eval {name}", unit="responses") as progress:
+        for mode, (temperature, samples) in modes.items():
+            sample = common.sampler(
+                ctx, MODELS[name], params, ctx.config.eval, "eval sampling", temperature
+            )
+            for test, (problems, wanted) in tests.items():
+                responses = sample([r for r in wanted if r.sample_id < samples])
+                result, graded = _grade_one(ctx, problems, counted(responses, progress), samples)
+                results[f"{test}/{mode}"] = {**result, "temperature": temperature}
+                lines += [{"test": test, "mode": mode, **line} for line in graded]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if parallel.is_main():
         write_atomically(artefact.path / f"responses_{name}.jsonl", text)

@@ -73,6 +73,10 @@ def opd_problems(ctx: Context) -> tuple[list[Problem], list[Problem]]:
         return problems[:train], problems[train:]
     problems = list(ctx.task.problems("opd", 0, draw))
     order = np.random.default_rng(ctx.seed("heldout problems")).permutation(len(problems))
+    if held >= len(problems):
+        raise UserError(
+            f"heldout.prompts={held} would take all {len(problems)} OPD prompts: lower it"
+        )
     chosen = set(order[:held].tolist())
     split: tuple[list, list] = ([], [])
     for i, problem in enumerate(problems):

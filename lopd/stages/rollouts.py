@@ -132,10 +132,12 @@ def write_responses(
       Stopped: after a signal.
     """
     wanted = [i for shard in plan.missing for i in plan.members(shard)]
-    progress = bar(total=len(wanted), label=artefact.path.name, unit="responses")
     filling: dict[int, list[Response]] = {}
     stopped = False
-    with writer.ShardWriter(artefact, fields, plan.count) as shards:
+    with (
+        bar(total=len(wanted), label=artefact.path.name, unit="responses") as progress,
+        writer.ShardWriter(artefact, fields, plan.count) as shards,
+    ):
         for response in sample([plan.requests[i] for i in wanted]):
             shard = wanted[response.index] // plan.per_shard
             filling.setdefault(shard, []).append(response)
@@ -149,7 +151,6 @@ def write_responses(
             shards.check()
             if stopped := bool(parallel.any_process(shutdown.requested())):
                 break
-    progress.close()
     if stopped:
         raise shutdown.Stopped
 
