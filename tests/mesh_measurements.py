@@ -60,6 +60,7 @@ def batch(packed: bool, rows_per_micro: int) -> dict[str, np.ndarray]:
     names = whole.keys() - {"num_micro"}
     rows = {name: np.concatenate([s[name][0, :1] for s in singles]) for name in names}
     rows["weights"] = rows["weights"] / len(singles)  # each was a whole batch
+    rows["segment_ids"] *= 1 + np.arange(len(singles), dtype=np.int32)[:, None]
     rows = {name: a.reshape(-1, rows_per_micro, a.shape[-1]) for name, a in rows.items()}
     return {**rows, "num_micro": np.int32(len(rows["tokens"]))}
 

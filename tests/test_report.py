@@ -146,7 +146,7 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     text = " ".join(whole.text.split())
     assert "80.0 [75.0, 85.0]" in text and "50.0 [45.0, 55.0]" in text
     assert "+30.0" in text and "+25.0" in text  # over SFT, over the control
-    assert "12 min 00 s" in text and "8 of 8 stages complete" in text
+    assert "13 min 30 s" in text and "9 of 9 stages complete" in text
     assert all(f"{stage}-print" in text for stage in ("teacher", "sft", "precompute", "opd"))
     reads = {a["title"]: a["class"] for tag, a in whole.tags if "print" in a.get("title", "")}
     assert reads["sft sft-print: the one in this folder"] == "same"
