@@ -10,7 +10,7 @@ import pytest
 from conftest import TIED
 
 from lopd import parallel
-from lopd.models import attention, qwen3
+from lopd.models import attention, blocked_attention, qwen3
 from lopd.models.sharding import on_mesh
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
@@ -73,7 +73,7 @@ def check_equals_float64(attend, length, head_dim=HEAD_DIM, sharding=None):
 @pytest.mark.parametrize("length", [8, 24, 32, 37])
 def test_xla_equals_float64(monkeypatch, length):
     """Rows of one block, of a few, of a length that blocks do not divide, of one to four spans."""
-    monkeypatch.setattr(attention, "XLA_BLOCK", 8)
+    monkeypatch.setattr(blocked_attention, "BLOCK", 8)
     check_equals_float64(attention.xla_attention, length)
 
 
@@ -115,7 +115,7 @@ def test_attention_on_a_mesh_is_the_same():
 
 
 def test_no_gradient_crosses_a_segment_or_time(monkeypatch):
-    monkeypatch.setattr(attention, "XLA_BLOCK", 8)
+    monkeypatch.setattr(blocked_attention, "BLOCK", 8)
     (q, k, v), ids, _ = inputs(32)
     reach = jax.jit(
         jax.grad(lambda kv, b, t: attention.attend(q, kv[0], kv[1], jnp.asarray(ids))[b, t].sum())

@@ -4,10 +4,9 @@
 length of a row. Shape letters as in `lopd.models.qwen3`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
 )
@@ -16,13 +15,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
+from lopd.models import blocked_attention
+from lopd.models.blocked_attention import SAVED_NAME
 from lopd.models.sharding import ROW_AXES, current_mesh, current_platform
-
-SAVED_NAME = "attention"
-"""Checkpoint name of attention's results, for rematerialisation policies."""
-
-XLA_BLOCK = 512
-"""Query positions per block of `xla_attention`."""
 
 CUDNN_LONGEST = 8192
 """Longest row for cuDNN, whose mask takes 2 · T² bytes a row: 128 MiB at this length."""
@@ -58,48 +53,14 @@ def masked_attention(
     return out.reshape(B, T, H, N)
 
 
-def _query_blocks(q, k, v, query_segments, key_segments, first):
-    """Attention of queries `first`, `first` + 1, ... to all given keys, a block at a time."""
-    B, T, H, N = q.shape
-    n = T // XLA_BLOCK
-    blocks = lambda x: jnp.moveaxis(x.reshape(B, n, XLA_BLOCK, *x.shape[2:]), 1, 0)  # noqa: E731
-
-    @jax.checkpoint
-    def attend_block(inputs):
-        q, segments, start = inputs
-        causal = (start + jnp.arange(XLA_BLOCK))[:, None] >= jnp.arange(k.shape[1])
-        mask = causal & (segments[:, :, None] == key_segments[:, None, :])
-        return masked_attention(q, k, v, mask)
-
-    starts = first + XLA_BLOCK * jnp.arange(n)
-    out = jax.lax.map(attend_block, (blocks(q), blocks(query_segments), starts))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T, H, N)
-
-
 def xla_attention(q_BTHN, k_BTKN, v_BTKN, segment_ids_BT) -> jax.Array:
-    """Packed-row attention in plain XLA, for CPU and as the reference of the kernels.
-
-    Long rows are computed in blocks of queries that the backward pass computes again, so that no
-    [T, T] array exists. Up to four spans of queries skip the keys that come after all of them.
-    """
+    """Packed-row attention in plain XLA, for CPU and as the reference of the kernels."""
     T = q_BTHN.shape[1]
-    if T <= XLA_BLOCK:
-        return masked_attention(q_BTHN, k_BTKN, v_BTKN, causal_segment_mask(segment_ids_BT))
-    q, k, v, segments = _pad_length((q_BTHN, k_BTKN, v_BTKN, segment_ids_BT), XLA_BLOCK)
-    padded = q.shape[1]
-    span = padded // math.gcd(padded // XLA_BLOCK, 4)
-    outs = [
-        _query_blocks(
-            q[:, first : first + span],
-            k[:, : first + span],
-            v[:, : first + span],
-            segments[:, first : first + span],
-            segments[:, : first + span],
-            first,
-        )
-        for first in range(0, padded, span)
-    ]
-    return jnp.concatenate(outs, axis=1)[:, :T]
+    if T <= blocked_attention.BLOCK:
+        mask = causal_segment_mask(segment_ids_BT)
+        return checkpoint_name(masked_attention(q_BTHN, k_BTKN, v_BTKN, mask), SAVED_NAME)
+    arrays = _pad_length((q_BTHN, k_BTKN, v_BTKN, segment_ids_BT), blocked_attention.BLOCK)
+    return blocked_attention.blocked_attention(*arrays)[:, :T]
 
 
 def _pad_length(arrays, multiple: int) -> tuple[jax.Array, ...]:
@@ -150,9 +111,10 @@ def cudnn_attention(
     used. The mask is [B, 1, T, T], shared by all heads; see `CUDNN_LONGEST`.
     """
     same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q_BTHN, k_BTKN, v_BTKN, mask=same_segment, is_causal=True, implementation=implementation
     )
+    return checkpoint_name(out, SAVED_NAME)
 
 
 def _choose(platform: str, q_BTHN: jax.Array):

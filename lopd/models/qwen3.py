@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.errors import UserError
@@ -134,8 +133,7 @@ class Attention(nn.Module):
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if layer_cache is None:
-            out = checkpoint_name(attend(q, k, v, segment_ids_BT), SAVED_NAME)
-            kv = k, v
+            out, kv = attend(q, k, v, segment_ids_BT), (k, v)
         else:
             out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
             out = out[:, None]
