@@ -95,20 +95,21 @@ def _attention(q_BKGTN, k_BKTN, v_BKTN, ids_BT) -> jax.Array:
     return _attention_forward(q_BKGTN, k_BKTN, v_BKTN, ids_BT)[0]
 
 
-def _bound_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, none of which is there before the others.
+def _with_starts(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`x`, the segment ids and every block's first position, none there before the others.
 
-    Masks follow from the segment ids alone; without this they are made for all blocks ahead of
-    the scan over layers, and are a [T, T] array in all.
+    Masks follow from the last two alone. Without this, those of all blocks are made ahead of the
+    scan over layers, and are a [T, T] array together.
     """
-    return jax.lax.optimization_barrier(arrays)
+    starts = jnp.arange(0, ids.shape[1], BLOCK)
+    return jax.lax.optimization_barrier((x, ids, starts))
 
 
 def _attention_forward(q, k, v, ids):
-    q, ids = _bound_together(q, ids)
+    q, ids, all_starts = _with_starts(q, ids)
     results = []
     for first, end in _spans(q.shape[3]):
-        starts = jnp.arange(first, end, BLOCK)
+        starts = all_starts[first // BLOCK : end // BLOCK]
         blocks = (_cut(q, 3, first, end), _cut(ids, 1, first, end), starts)
         block = functools.partial(_forward_block, k[:, :, :end], v[:, :, :end], ids[:, :end])
         results.append([_join(x, 3) for x in jax.lax.map(block, blocks)])
@@ -121,11 +122,11 @@ def _attention_forward(q, k, v, ids):
 
 def _attention_backward(saved, d_out):
     q, k, v, ids, out, logsumexp = saved
-    d_out, ids = _bound_together(d_out, ids)
+    d_out, ids, all_starts = _with_starts(d_out, ids)
     totals = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
     dq = []
     for first, end in _spans(q.shape[3]):
-        starts = jnp.arange(first, end, BLOCK)
+        starts = all_starts[first // BLOCK : end // BLOCK]
         blocks = (
             *(_cut(q, 3, first, end), _cut(ids, 1, first, end), starts),
             *(_cut(x, 3, first, end) for x in (out, logsumexp, d_out)),
