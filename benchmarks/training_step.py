@@ -104,7 +104,7 @@ def jax_step(config, mesh, data, args):
         out_shardings=parallel.param_shardings(config, mesh),
     )(jax.random.key(0))
     state = create_state(config, optimizer, params, mesh)
-    train = make_train_step(config, optimizer, lightning_opd(TAU), mesh)
+    train = make_train_step(config, optimizer, lightning_opd(TAU), mesh, args.remat)
     batch = micro_batches(
         data,
         row_length=args.length,
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--remat", default="full", help="a key of qwen3.REMAT_POLICIES")
     parser.add_argument("--torch", action="store_true", help="also PyTorch, on the same device")
     parser.add_argument("--checkpointing", action="store_true", help="PyTorch: recompute too")
     args = parser.parse_args()
