@@ -30,27 +30,12 @@ from lopd.objectives import lightning_opd
 from lopd.scoring import score_responses
 from lopd.training.state import create_state, make_optimizer
 from lopd.training.step import make_train_step
+from lopd.training.utilisation import training_flops
 
 SMALL = {"42m": qwen3.Qwen3Config(32_768, 512, 1536, 8, 8, 4, 64)}
 PROMPT = 64
 RECIPE = lopd_config.training_recipe(learning_rate=1e-5)
 TAU = 10.0
-
-
-def forward_flops(config: qwen3.Qwen3Config, rows: int, length: int) -> float:
-    """Model FLOPs of a forward pass with the head, causal attention counted as half."""
-    c = config
-    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    experts = c.num_experts_per_tok or 1
-    width = c.moe_intermediate_size if c.num_experts else c.intermediate_size
-    per_token = (
-        c.num_hidden_layers
-        * c.hidden_size
-        * (heads * c.head_dim + 3 * experts * width + c.num_experts)
-    )
-    per_token += c.vocab_size * c.hidden_size
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
-    return 2.0 * rows * length * (per_token + attention)
 
 
 def matmul_peak(dtype, seconds: float = 3.0) -> float:
@@ -203,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = parallel.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     data = records(config, args.rows, args.length)
     tokens = args.rows * args.length
-    forward = forward_flops(config, args.rows, args.length)
+    training = training_flops(config, tokens, tokens * args.length)
     peak = matmul_peak(jnp.dtype(args.dtype)) * mesh.size
     parameters = sum(x.size for x in jax.tree.leaves(qwen3.abstract_params(config)))
     print(
@@ -215,11 +200,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'':28}{'tokens/s':>12}{'seconds':>10}{'TFLOP/s':>10}{'of peak':>9}{'first s':>10}")
     if args.torch:
         step, wait = torch_step(config, data, args)
-        report("PyTorch OPD step", tokens, 3 * forward, *timed(step, args.steps, wait), peak)
+        report("PyTorch OPD step", tokens, training, *timed(step, args.steps, wait), peak)
         del step, wait
         gc.collect()
     step = jax_step(config, mesh, data, args)
-    report("lopd OPD step", tokens, 3 * forward, *timed(step, args.steps, jax.block_until_ready),
+    report("lopd OPD step", tokens, training, *timed(step, args.steps, jax.block_until_ready),
            peak)  # fmt: skip
     del step
     gc.collect()
@@ -230,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     score = lambda: score_responses(  # noqa: E731
         config, params, data, mesh=mesh, row_length=args.length, rows_per_micro=args.rows
     )
-    report("lopd scoring", tokens, forward, *timed(score, args.steps, lambda x: x), peak)
+    report("lopd scoring", tokens, training / 3, *timed(score, args.steps, lambda x: x), peak)
     stats = jax.devices()[0].memory_stats() or {}
     memory = stats.get(
         "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

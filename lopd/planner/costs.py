@@ -8,35 +8,30 @@ from lopd.models import qwen3
 from lopd.sampling.engine import PROMPTS_PER_CALL, prompts_at_once
 from lopd.sampling.placement import tensor_for_sampling
 from lopd.scoring import CHUNK_BYTES
+from lopd.training.utilisation import training_flops
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Parameters of a model: all, those that multiply a token, and those in its layers."""
+    """Parameters of a model: all, and those in its layers."""
 
     total: int
-    active: int
     layers: int
 
 
 def model_size(model: qwen3.Qwen3Config) -> Size:
-    """Counts parameters; `active` leaves out the embedding look-up and unchosen experts."""
+    """Counts parameters."""
     params = qwen3.abstract_params(model)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     layers = count(params["layers"])
-    active = layers + model.vocab_size * model.hidden_size
-    if model.num_experts:
-        experts = 3 * model.num_hidden_layers * model.hidden_size * model.moe_intermediate_size
-        active -= experts * (model.num_experts - model.num_experts_per_tok)
-    return Size(count(params), active, layers)
+    return Size(count(params), layers)
 
 
 def forward_flops(model: qwen3.Qwen3Config, tokens: float, context: float) -> float:
-    """2 FLOPs per parameter and token, and 4 · H · N per layer, token and token it attends to."""
-    attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * context
-    return tokens * (2 * model_size(model).active + attention)
+    """Model FLOPs of a forward pass over tokens that attend to `context` others on average."""
+    return training_flops(model, tokens, 2 * tokens * context) / 3
 
 
 @dataclasses.dataclass(frozen=True)
