@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,15 @@ def param_shardings(config: qwen3.Qwen3Config, mesh: Mesh) -> qwen3.Params:
         lambda names: NamedSharding(mesh, spec(*names)),
         qwen3.logical_axes(config),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes and types with the shardings of another like it, to restore arrays into."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 

@@ -149,7 +149,7 @@ def test_sft_on_responses_that_came_with_the_prompts(files, tmp_path):
     assert done.returncode == 0, done.stderr
     records = Records(Artefact(tmp_path / "w" / "sft_data"))
     tokenizer = load_tokenizer(str(files / "student"))
-    for record in (records[i] for i in range(len(records))):
+    for record in records:
         prompt = tokenizer.decode(record["prompt_tokens"])
         number = int(re.search(r"What is (\d+)\?", prompt).group(1))
         expected = [*tokenizer.encode(rows[number]["response"]), tokenizer.end_id]

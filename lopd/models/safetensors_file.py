@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from lopd.artefact import sync
+from lopd.artefact import is_local, sync
 from lopd.errors import UserError
 
 DTYPES = {
@@ -79,7 +79,7 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
     """A local file to write, which ends up at `path`: itself, or a copy where that is a URL."""
-    if "://" not in os.fspath(path):
+    if is_local(path):
         yield os.fspath(path)
         sync(path)
         return

@@ -33,8 +33,7 @@ def inputs(ctx: Context) -> dict:
 def _trained_on(ctx: Context) -> set[bytes]:
     """The token ids of every training prompt: of the cache that was given, or of this run."""
     if ctx.given("precompute"):
-        records = Records(ctx.input("precompute"))
-        trained = (records[i]["prompt_tokens"] for i in range(len(records)))
+        trained = (r["prompt_tokens"] for r in Records(ctx.input("precompute")))
     else:
         trained = (r.prompt_tokens for r in precompute.prompts(ctx))
     return {np.asarray(tokens, np.int32).tobytes() for tokens in trained}

@@ -41,8 +41,7 @@ def _drift(ctx: Context, batches: StepBatches, objective: Objective) -> Drift:
     """The drift panel, with the held-out T = 1 responses if that stage has run."""
     heldout = None
     if ctx.exists("heldout"):
-        records = Records(ctx.input("heldout"))
-        heldout = [records[i] for i in range(len(records))]
+        heldout = list(Records(ctx.input("heldout")))
     return make_drift(
         ctx.model("student"),
         objective,

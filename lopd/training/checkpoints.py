@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lopd import parallel
-from lopd.artefact import differences
+from lopd.artefact import differences, is_local
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import qwen3
@@ -49,10 +49,8 @@ def save_params(path: epath.Path, params: qwen3.Params) -> None:
 
 def load_params(path: epath.Path, config: qwen3.Qwen3Config, mesh: Mesh) -> qwen3.Params:
     """Reads finished weights straight into their sharding on the mesh."""
-    target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        qwen3.abstract_params(config),
-        parallel.param_shardings(config, mesh),
+    target = parallel.with_shardings(
+        qwen3.abstract_params(config), parallel.param_shardings(config, mesh)
     )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)
@@ -80,7 +78,7 @@ def check_room(directory: epath.Path, abstract: Any, keep: int) -> None:
     Raises:
       UserError: saying how much is needed and how much there is.
     """
-    if "://" in os.fspath(directory):
+    if not is_local(directory):
         return
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     there = len(ocp.utils.checkpoint_steps(directory)) if directory.exists() else 0

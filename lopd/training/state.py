@@ -132,8 +132,4 @@ def abstract_state(
         params,
         jax.eval_shape(optimizer.init, params),
     )
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        state_shardings(config, optimizer, mesh),
-    )
+    return parallel.with_shardings(shapes, state_shardings(config, optimizer, mesh))

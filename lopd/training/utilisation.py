@@ -3,20 +3,21 @@
 import jax
 
 from lopd.models.qwen3 import Qwen3Config
+from lopd.planner.chips import CHIPS
 
 _PEAK_BF16 = {
-    # Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part of the name
-    # that jax gives the device; the first that fits counts.
+    # Dense bfloat16 FLOP/s of one device, by a part of the name that jax gives the device; the
+    # first that fits counts. What nobody plans for is from the vendors' data sheets.
     "B200": 2250e12,
-    "H200": 989e12,
+    "H200": CHIPS["h200"].flops,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v6": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
+    "H100": CHIPS["h100"].flops,
+    "A100": CHIPS["a100"].flops,
+    "TPU v6": CHIPS["v6e"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v4": CHIPS["v4"].flops,
 }
 
 
