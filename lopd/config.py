@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from lopd.errors import UserError
 from lopd.models.qwen3 import REMAT_POLICIES
-from lopd.objectives import REDUCTIONS
+from lopd.objectives import REDUCTIONS, check_settings
 
 MATH_PROMPT = (
     r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
@@ -136,7 +136,21 @@ def base_config() -> ml_collections.ConfigDict:
             "heldout": {"row_length": 5120, **sampling_section(prompts=0, temperature=1.0)},
             "opd": {
                 "cache": "",  # a finished `precompute` directory to use instead of this run's
+                "records": 0,  # train on the first so many of the cache; 0: all
+                # "log_ratio", the method; on the teacher's top-K "forward_kl", "reverse_kl" or
+                # "jensen_shannon"; as controls "fixed_advantage" and "cross_entropy".
+                "objective": "log_ratio",
                 "tau": 10.0,  # advantage clip, nats
+                "extrapolation": 1.0,  # λ: how far beyond π_ref the target is, in distances to π_T
+                "residual_folds": 0,  # folds of Lightning OPD 2.0 (lopd.residual); 0: off, paper: 5
+                "fixed_advantage": -0.1,  # of the control of that name
+                "top_k": 0,  # how many of the cached top-K to use; 0: all
+                # Which tokens are trained on: the first so much of each response, of these the so
+                # much with the highest entropy, and never those named here, by token or id.
+                "position_fraction": 1.0,
+                "entropy_fraction": 1.0,
+                "masked_tokens": (),
+                "importance_cap": 0.0,  # weigh tokens by min(π_θ/π_ref, cap); 0: all alike
                 **training_recipe(),
             },
             "control": training_recipe(),
@@ -288,7 +302,7 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         f"task.prompt={config.task.prompt!r} has no {{problem}} to put the problem in",
     )
     _check_given_responses(config)
-    _require(config.opd.tau > 0, f"opd.tau={config.opd.tau} must be positive")
+    check_settings(config.opd)
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
     top_k = config.precompute.teacher_top_k

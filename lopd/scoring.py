@@ -46,6 +46,8 @@ class TokenScores:
     """int32 [B, T, k], the most likely tokens, best first, when asked for."""
     topk_logprobs: jax.Array | None = None
     """float32 [B, T, k], their log π; carries no gradient."""
+    logprobs_at: jax.Array | None = None
+    """float32 [B, T, K], log π of given tokens, when asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +125,18 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def score_logits(
-    logits: jax.Array, targets: jax.Array, top_k: int = 0, split: _Split = _Split()
+    logits: jax.Array,
+    targets: jax.Array,
+    at_ids: jax.Array | None = None,
+    top_k: int = 0,
+    split: _Split = _Split(),
 ) -> TokenScores:
     """Scores of `targets` [...] under float32 `logits` [..., V].
 
     Args:
       logits: all of them, or a device's part of the vocabulary, as `split` says.
       targets: token ids of the whole vocabulary.
+      at_ids: other token ids [..., K] to score too.
       top_k: how many of the most likely tokens to report too.
       split: how the vocabulary lies on the mesh.
     """
@@ -138,23 +145,26 @@ def score_logits(
     largest = split.largest(jnp.max(logits, axis=-1))
     sums = split.total(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
     logsumexp = largest + jnp.log(sums)
-    local = targets - first
-    here = (local >= 0) & (local < size)
-    index = jnp.where(here, local, 0)[..., None]
-    target_logits = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    target_logits = split.total(jnp.where(here, target_logits, 0.0))
+
+    def at(ids):
+        local = ids - first
+        here = (local >= 0) & (local < size)
+        picked = jnp.take_along_axis(logits, jnp.where(here, local, 0), axis=-1)
+        return split.total(jnp.where(here, picked, 0.0)) - logsumexp[..., None]
+
     logprobs = logits - logsumexp[..., None]
     ids, values = None, None
     if top_k:
         values, ids = _top_k(logits, first, top_k, split)
         values -= logsumexp[..., None]
     return TokenScores(
-        logprobs=target_logits - logsumexp,
+        logprobs=at(targets[..., None])[..., 0],
         logsumexp=logsumexp,
         entropy=-split.total(jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)),
         mean_logprob=split.total(jnp.sum(logprobs, axis=-1)) / (size * split.shards),
         topk_ids=ids,
         topk_logprobs=values,
+        logprobs_at=None if at_ids is None else at(at_ids),
     )
 
 
@@ -173,15 +183,14 @@ def _top_k(logits, first, top_k: int, split: _Split) -> tuple[jax.Array, jax.Arr
 
 def _forward_shard(top_k: int, split: _Split, hidden_BTD, head_VD, tokens) -> TokenScores:
     """Scores of this device's rows, by its part of the head and everybody else's."""
-    (targets_BT,) = tokens
-    chunk = _chunk_length(split, targets_BT.shape, head_VD)
+    chunk = _chunk_length(split, hidden_BTD.shape[:2], head_VD)
 
     def score(inputs):
-        hidden, targets = map(split.collect, inputs)
-        scores = score_logits(_logits(hidden, head_VD), targets, top_k, split)
+        hidden, targets, at_ids = jax.tree.map(split.collect, inputs)
+        scores = score_logits(_logits(hidden, head_VD), targets, at_ids, top_k, split)
         return jax.tree.map(split.own, scores)
 
-    chunks = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
+    chunks = jax.tree.map(lambda x: _chunked(x, chunk), (hidden_BTD, *tokens))
     return jax.tree.map(_unchunked, jax.lax.map(score, chunks))
 
 
@@ -191,13 +200,24 @@ def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Arr
     chunk = _chunk_length(split, hidden_BTD.shape[:2], head_VD)
 
     def backward(d_head, inputs):
-        hidden, targets, logsumexp, d_logprob, d_logsumexp, d_mean = map(split.collect, inputs)
+        inputs = jax.tree.map(split.collect, inputs)
+        hidden, targets, at_ids, logsumexp, d_logprob, d_logsumexp, d_mean, d_at = inputs
         probabilities = jnp.exp(_logits(hidden, head_VD) - logsumexp[..., None])
         # logprob = z_target − lse, mean_logprob = mean(z) − lse, and d lse / dz = softmax(z).
-        d_logits = (d_logsumexp - d_logprob - d_mean)[..., None] * probabilities
+        shared = d_logsumexp - d_logprob - d_mean
+        if d_at is not None:
+            shared -= jnp.sum(d_at, axis=-1)
+        d_logits = shared[..., None] * probabilities
         d_logits += d_mean[..., None] / (V * split.shards)
         is_target = (targets - split.first_id(V))[..., None] == jnp.arange(V)
         d_logits += jnp.where(is_target, d_logprob[..., None], 0.0)
+        if d_at is not None:
+            local = at_ids - split.first_id(V)
+            # An id of another device goes out of bounds, where it is dropped; below 0 it would
+            # count from the end.
+            local = jnp.where(local < 0, V, local)
+            b, c, _ = jnp.indices(local.shape, sparse=True)
+            d_logits = d_logits.at[b, c, local].add(d_at, mode="drop")
         d_logits = d_logits.astype(hidden.dtype)
         d_logits, hidden = d_logits.reshape(-1, V), hidden.reshape(-1, hidden.shape[-1])
         if current_platform() == "cpu":
@@ -210,7 +230,7 @@ def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Arr
         d_head += jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_head, d_hidden
 
-    chunks = tuple(_chunked(x, chunk) for x in (hidden_BTD, *tokens))
+    chunks = jax.tree.map(lambda x: _chunked(x, chunk), (hidden_BTD, *tokens))
     d_head, d_hidden = jax.lax.scan(backward, jnp.zeros(head_VD.shape, jnp.float32), chunks)
     if split.reduce:
         d_head = jax.lax.psum(d_head, split.reduce)
@@ -220,8 +240,8 @@ def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Arr
 def _on_shards(function, vocab_size: int, *, gives_head_gradient: bool):
     """`function(split, hidden, head, tokens)`, run by each device of the mesh on its share.
 
-    `tokens` is a tuple of arrays [B, T], split by rows like `hidden` and all results but the
-    head's gradient.
+    `tokens` is a tuple of arrays [B, T, ...] (or None), split by rows like `hidden` and all
+    results but the head's gradient.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -236,32 +256,38 @@ def _on_shards(function, vocab_size: int, *, gives_head_gradient: bool):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scores(hidden_BTD, head_VD, targets_BT, top_k: int) -> TokenScores:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scores(hidden_BTD, head_VD, targets_BT, at_ids_BTK, top_k: int) -> TokenScores:
     forward = functools.partial(_forward_shard, top_k)
     forward = _on_shards(forward, head_VD.shape[0], gives_head_gradient=False)
-    return forward(hidden_BTD, head_VD, (targets_BT,))
+    return forward(hidden_BTD, head_VD, (targets_BT, at_ids_BTK))
 
 
-def _scores_forward(hidden_BTD, head_VD, targets_BT, top_k):
-    scores = _scores(hidden_BTD, head_VD, targets_BT, top_k)
-    return scores, (hidden_BTD, head_VD, targets_BT, scores.logsumexp)
+def _scores_forward(hidden_BTD, head_VD, targets_BT, at_ids_BTK, top_k):
+    scores = _scores(hidden_BTD, head_VD, targets_BT, at_ids_BTK, top_k)
+    return scores, (hidden_BTD, head_VD, targets_BT, at_ids_BTK, scores.logsumexp)
 
 
 def _scores_backward(top_k, saved, cotangent: TokenScores):
     del top_k
     hidden_BTD, head_VD, *tokens = saved
     tokens += [cotangent.logprobs, cotangent.logsumexp, cotangent.mean_logprob]
+    tokens.append(cotangent.logprobs_at)
     backward = _on_shards(_backward_shard, head_VD.shape[0], gives_head_gradient=True)
     d_hidden, d_head = backward(hidden_BTD, head_VD, tuple(tokens))
-    return d_hidden, d_head.astype(head_VD.dtype), None
+    return d_hidden, d_head.astype(head_VD.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
 def token_scores(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, top_k: int = 0
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    at_ids_BTK: jax.Array | None = None,
+    top_k: int = 0,
 ) -> TokenScores:
     """Scores of `targets` given the final hidden states, at temperature 1.
 
@@ -271,6 +297,7 @@ def token_scores(
       hidden_BTD: normalised hidden states, in the compute type.
       head_VD: output matrix; cast to the type of `hidden`.
       targets_BT: int32, the token that follows each position.
+      at_ids_BTK: int32, other tokens to score at each position, from the same pass.
       top_k: how many of the most likely tokens to report besides, from the same pass.
 
     Returns:
@@ -279,7 +306,8 @@ def token_scores(
       head's gradient in float32.
     """
     with jax.named_scope("scores"):
-        return _scores(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, top_k)
+        head_VD = head_VD.astype(hidden_BTD.dtype)
+        return _scores(hidden_BTD, head_VD, targets_BT, at_ids_BTK, top_k)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

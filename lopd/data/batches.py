@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lopd.data.packing import Arrays, assign_rows, fill_rows, sequence_length
-from lopd.objectives import token_weights
+from lopd.data.packing import Arrays, TokenField, assign_rows, fill_rows, sequence_length
+from lopd.objectives import ALL_TOKENS, TokenSelection, token_weights
 from lopd.parallel import rows_sharding
 
 RESPONSE_STATS = (
@@ -60,12 +60,13 @@ def _micro_batches(
     row_length: int,
     rows_per_micro: int,
     reduction: str,
-    token_fields: Sequence[str],
+    token_fields: Sequence[str | TokenField],
+    selection: TokenSelection,
     rows: np.ndarray,
 ) -> Arrays:
-    """`micro_batches` from (prompt, response) lengths [B, 2], reading only what `rows` hold."""
-    weights = token_weights(lengths[:, 1], reduction)
-    places = assign_rows((lengths.sum(axis=1) - 1).tolist(), row_length)
+    """`micro_batches` from `record_length`s [B, 3], reading only what `rows` hold."""
+    weights = token_weights(lengths[:, 2], reduction)
+    places = assign_rows((lengths[:, :2].sum(axis=1) - 1).tolist(), row_length)
     used = max(row for row, _ in places) + 1
     micros = -(-len(lengths) // rows_per_micro)
     # Row r of the batch is row r % rows_per_micro of micro-batch r // rows_per_micro.
@@ -76,7 +77,11 @@ def _micro_batches(
         if row in local:
             own.append(i)
             own_places.append((micro * len(rows) + local[row], offset))
-    records = [{**read(i), "weights": weights[i]} for i in own]
+    records = [read(i) for i in own]
+    records = [
+        {**record, "weights": weights[i] * selection.mask(record["response_tokens"])}
+        for i, record in zip(own, records, strict=True)
+    ]
     arrays, _ = fill_rows(
         records,
         [i + 1 for i in own],
@@ -89,15 +94,16 @@ def _micro_batches(
     for record, (row, _) in zip(records, own_places, strict=True):
         stats[row] += _stats(record)
     arrays = {
-        name: a.reshape(micros, len(rows), a.shape[1])
+        name: a.reshape(micros, len(rows), *a.shape[1:])
         for name, a in {**arrays, "response_stats": stats}.items()
     }
     return {**arrays, "num_micro": np.int32(-(-used // rows_per_micro))}
 
 
-def record_length(record: dict) -> tuple[int, int]:
-    """(prompt, response) lengths in tokens."""
-    return len(record["prompt_tokens"]), len(record["response_tokens"])
+def record_length(record: dict, selection: TokenSelection = ALL_TOKENS) -> tuple[int, int, int]:
+    """Tokens of the prompt, of the response, and how many of these are trained on."""
+    response = record["response_tokens"]
+    return len(record["prompt_tokens"]), len(response), selection.count(response)
 
 
 def micro_batches(
@@ -106,26 +112,31 @@ def micro_batches(
     row_length: int,
     rows_per_micro: int,
     reduction: str,
-    token_fields: Sequence[str] = (),
+    token_fields: Sequence[str | TokenField] = (),
+    selection: TokenSelection = ALL_TOKENS,
     rows: np.ndarray | None = None,
 ) -> Arrays:
     """One global batch as packed micro-batches [M, rows_per_micro, row_length].
 
     M is fixed by the number of records (each might need a row of its own), so that every batch
     has one shape; `num_micro` says how many micro-batches hold anything, and the training step
-    stops there. `weights` carries the loss reduction over the whole batch. Record i has segment
-    id i + 1. `response_stats` [M, rows_per_micro, len(RESPONSE_STATS)] are sums over each row.
+    stops there. `weights` carries the loss reduction over the whole batch, 0 where `selection`
+    leaves a token out; `mask` is of all response tokens. Record i has segment id i + 1.
+    `response_stats` [M, rows_per_micro, len(RESPONSE_STATS)] are sums over each row.
 
     Args:
+      token_fields: as in `lopd.data.packing.pack`.
+      selection: which tokens are trained on.
       rows: which rows of each micro-batch to make; all by default.
     """
     return _micro_batches(
-        np.array([record_length(r) for r in records]),
+        np.array([record_length(r, selection) for r in records]),
         records.__getitem__,
         row_length=row_length,
         rows_per_micro=rows_per_micro,
         reduction=reduction,
         token_fields=token_fields,
+        selection=selection,
         rows=np.arange(rows_per_micro) if rows is None else rows,
     )
 
@@ -136,15 +147,16 @@ def process_rows(mesh: Mesh, rows_per_micro: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows_per_micro)[i] for i in held.values()]))
 
 
-def record_lengths(source: Sequence[dict]) -> np.ndarray:
-    """(prompt, response) lengths of every record, int32 [N, 2]; each process reads its share."""
+def record_lengths(source: Sequence[dict], selection: TokenSelection = ALL_TOKENS) -> np.ndarray:
+    """`record_length` of every record, int32 [N, 3]; each process reads its share."""
     count, size = jax.process_count(), len(source)
     own = range(jax.process_index(), size, count)
-    lengths = np.zeros((-(-size // count), 2), np.int32)
-    lengths[: len(own)] = np.array([record_length(source[i]) for i in own]).reshape(-1, 2)
-    # [processes, share, 2]: record i is entry i // processes of process i % processes.
-    gathered = np.asarray(multihost_utils.process_allgather(lengths)).reshape(count, -1, 2)
-    return gathered.swapaxes(0, 1).reshape(-1, 2)[:size]
+    lengths = np.zeros((-(-size // count), 3), np.int32)
+    found = [record_length(source[i], selection) for i in own]
+    lengths[: len(own)] = np.array(found).reshape(-1, 3)
+    # [processes, share, 3]: record i is entry i // processes of process i % processes.
+    gathered = np.asarray(multihost_utils.process_allgather(lengths)).reshape(count, -1, 3)
+    return gathered.swapaxes(0, 1).reshape(-1, 3)[:size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +206,8 @@ def step_batches(
     row_length: int,
     rows_per_micro: int,
     reduction: str,
-    token_fields: Sequence[str] = (),
+    token_fields: Sequence[str | TokenField] = (),
+    selection: TokenSelection = ALL_TOKENS,
     mesh: Mesh | None = None,
 ) -> StepBatches:
     """Batches whose item n is what step n trains on, packed by `micro_batches`.
@@ -207,6 +220,7 @@ def step_batches(
     before.
 
     Args:
+      token_fields, selection: as in `micro_batches`.
       mesh: whose rows to make; by default, of one process.
     """
     every = np.arange(rows_per_micro)
@@ -215,12 +229,13 @@ def step_batches(
     return StepBatches(
         source,
         indices.batch(batch_size, batch_fn=np.array),
-        None if jax.process_count() == 1 else record_lengths(source),
+        None if jax.process_count() == 1 else record_lengths(source, selection),
         dict(
             row_length=row_length,
             rows_per_micro=rows_per_micro,
             reduction=reduction,
             token_fields=tuple(token_fields),
+            selection=selection,
             rows=every if mesh is None else process_rows(mesh, rows_per_micro),
         ),
     )

@@ -9,10 +9,19 @@ the target: the offsets P − 1 … P + R − 2 of a sequence with P prompt and 
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+
+
+class TokenField(NamedTuple):
+    """A record's field [R, at least width] of which each response token has `width` values."""
+
+    name: str
+    width: int
+    dtype: type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Span:
     length: int
 
     def read(self, values: np.ndarray) -> np.ndarray:
-        """This response's slice of an array [rows, row_length]."""
+        """This response's slice of an array [rows, row_length, ...]."""
         return values[self.row, self.start : self.start + self.length]
 
 
@@ -59,7 +68,7 @@ def fill_rows(
     places: Sequence[tuple[int, int]],
     rows: int,
     row_length: int,
-    token_fields: Sequence[str] = (),
+    token_fields: Sequence[str | TokenField] = (),
 ) -> tuple[Arrays, list[Span]]:
     """Lays records out at their places; what `pack` does once it has found the places.
 
@@ -73,7 +82,10 @@ def fill_rows(
     int_fields = ("tokens", "targets", "positions", "segment_ids")
     arrays: Arrays = {name: np.zeros((rows, row_length), np.int32) for name in int_fields}
     arrays["mask"] = np.zeros((rows, row_length), bool)
-    arrays |= {name: np.zeros((rows, row_length), np.float32) for name in token_fields}
+    scalars = [field for field in token_fields if isinstance(field, str)]
+    vectors = [field for field in token_fields if isinstance(field, TokenField)]
+    arrays |= {name: np.zeros((rows, row_length), np.float32) for name in scalars}
+    arrays |= {f.name: np.zeros((rows, row_length, f.width), f.dtype) for f in vectors}
     spans = []
     for segment, record, (row, offset) in zip(segments, records, places, strict=True):
         sequence = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
@@ -84,14 +96,16 @@ def fill_rows(
         arrays["segment_ids"][row, window] = segment
         span = Span(row, offset + len(record["prompt_tokens"]) - 1, len(record["response_tokens"]))
         span.read(arrays["mask"])[:] = True
-        for name in token_fields:
+        for name in scalars:
             span.read(arrays[name])[:] = record[name]
+        for field in vectors:
+            span.read(arrays[field.name])[:] = record[field.name][:, : field.width]
         spans.append(span)
     return arrays, spans
 
 
 def pack(
-    records: Sequence[Mapping], row_length: int, token_fields: Sequence[str] = ()
+    records: Sequence[Mapping], row_length: int, token_fields: Sequence[str | TokenField] = ()
 ) -> tuple[Arrays, list[Span]]:
     """Packs records into as few rows as best fit finds.
 
@@ -99,12 +113,13 @@ def pack(
       records: each with `prompt_tokens` and `response_tokens` (non-empty), and the named fields.
       row_length: positions per row.
       token_fields: names of per-response-token float fields (or scalars, repeated over the
-        response) to lay out beside their targets.
+        response) to lay out beside their targets, and fields of several values per token.
 
     Returns:
       Arrays [rows, row_length]: `tokens`, `targets`, `positions`, `segment_ids` (int32, 0 is
       padding), `mask` (bool, true where the target is a response token) and the token fields
-      (float32); and the span of each record, in order.
+      (float32, or [rows, row_length, width] in a type of their own); and the span of each record,
+      in order.
     """
     places = assign_rows([sequence_length(r) for r in records], row_length)
     rows = max(row for row, _ in places) + 1

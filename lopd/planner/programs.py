@@ -3,6 +3,8 @@
 Nothing here holds an array: a program can be lowered for devices that do not exist.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -11,6 +13,7 @@ from jax.stages import Lowered
 
 from lopd import parallel
 from lopd.data.batches import RESPONSE_STATS
+from lopd.data.packing import TokenField
 from lopd.models import qwen3
 from lopd.models.kv_cache import CACHE_SPEC
 from lopd.models.sharding import on_mesh
@@ -24,7 +27,7 @@ from lopd.training.state import abstract_state, make_optimizer
 from lopd.training.step import make_train_step
 
 INT_FIELDS = ("tokens", "targets", "positions", "segment_ids")
-FLOAT_FIELDS = ("weights", "teacher_logprobs", "ref_logprobs")
+OPD_FIELDS = ("teacher_logprobs", "ref_logprobs")
 
 
 def _arrays(names, shape, dtype, sharding) -> dict:
@@ -45,6 +48,7 @@ def train_step(
     recipe: ml_collections.ConfigDict,
     objective: Objective,
     mesh: Mesh,
+    token_fields: Sequence[str | TokenField] = OPD_FIELDS,
     *,
     micro_batches: int,
     rows: int,
@@ -54,13 +58,17 @@ def train_step(
     """The optimizer step over `micro_batches` of `rows` packed rows."""
     optimizer = make_optimizer(recipe)
     shape, sharding = (micro_batches, rows, row_length), parallel.rows_sharding(mesh, leading=1)
+    scalars = [field for field in token_fields if isinstance(field, str)]
     batch = {
         **_arrays(INT_FIELDS, shape, jnp.int32, sharding),
         **_arrays(("mask",), shape, jnp.bool_, sharding),
-        **_arrays(FLOAT_FIELDS, shape, jnp.float32, sharding),
+        **_arrays(("weights", *scalars), shape, jnp.float32, sharding),
         **_arrays(("response_stats",), (*shape[:2], len(RESPONSE_STATS)), jnp.float32, sharding),
         **_arrays(("num_micro",), (), jnp.int32, parallel.replicated(mesh)),
     }
+    for field in token_fields:
+        if isinstance(field, TokenField):
+            batch |= _arrays((field.name,), (*shape, field.width), field.dtype, sharding)
     step = make_train_step(model, optimizer, objective, mesh, remat)
     return step.lower(abstract_state(model, optimizer, mesh), batch)
 

@@ -11,7 +11,7 @@ from lopd.errors import UserError
 from lopd.models import hf
 from lopd.models.presets import PRESETS
 from lopd.models.qwen3 import Qwen3Config
-from lopd.objectives import cross_entropy, lightning_opd
+from lopd.objectives import cross_entropy, make_objective, token_fields
 from lopd.planner import costs, programs
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import PROMPTS_PER_CALL, prompt_bucket
@@ -64,7 +64,10 @@ def _training(config, stage: str, responses: str, rows: int) -> Program:
     used_rows = -(-recipe.batch_size // per_row)
     micro_batches = -(-recipe.batch_size // rows)
     shape = dict(rows=rows, row_length=recipe.row_length, remat=config.runtime.remat)
-    objective = lightning_opd(config.opd.tau) if stage == "opd" else cross_entropy()
+    objective, fields = cross_entropy(), ()
+    if stage == "opd":
+        objective = make_objective(recipe)
+        fields = token_fields(recipe, config.precompute.teacher_top_k)
     return Program(
         stage=stage,
         name="training step",
@@ -80,7 +83,7 @@ def _training(config, stage: str, responses: str, rows: int) -> Program:
             **shape,
         ),
         build=lambda mesh: programs.train_step(
-            model, recipe, objective, mesh, micro_batches=micro_batches, **shape
+            model, recipe, objective, mesh, fields, micro_batches=micro_batches, **shape
         ),
     )
 

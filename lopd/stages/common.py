@@ -9,10 +9,11 @@ import ml_collections
 from lopd.artefact import Artefact
 from lopd.context import PARAMS, Context
 from lopd.data.batches import StepBatches, step_batches
+from lopd.data.packing import TokenField
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
-from lopd.objectives import Objective
+from lopd.objectives import ALL_TOKENS, Objective, TokenSelection
 from lopd.parallel import check_divisible, param_shardings
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampler, Sampling
@@ -73,7 +74,8 @@ def make_batches(
     source: Sequence[dict],
     recipe: ml_collections.ConfigDict,
     purpose: str,
-    token_fields: Sequence[str] = (),
+    token_fields: Sequence[str | TokenField] = (),
+    selection: TokenSelection = ALL_TOKENS,
 ) -> StepBatches:
     """The step-indexed batches of a training stage, in an order of its own."""
     return step_batches(
@@ -84,6 +86,7 @@ def make_batches(
         rows_per_micro=ctx.config.runtime.rows_per_micro,
         reduction=recipe.reduction,
         token_fields=token_fields,
+        selection=selection,
         mesh=ctx.mesh,
     )
 

@@ -1,12 +1,23 @@
 """`opd`: trains the student on the fixed cache. Needs no teacher."""
 
+from collections.abc import Callable, Sequence
+
+import grain
+
 from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.data.batches import StepBatches
 from lopd.errors import UserError
-from lopd.objectives import Objective, lightning_opd
+from lopd.objectives import (
+    Objective,
+    make_objective,
+    needs_top_k,
+    token_fields,
+    token_selection,
+)
 from lopd.report.rollouts import write_rollouts
+from lopd.residual import fit_baseline
 from lopd.stages import common
 from lopd.training.diagnostics import Drift, make_drift
 
@@ -37,11 +48,62 @@ def inputs(ctx: Context) -> dict:
     return {"sft": start, "precompute": cache.outputs["fingerprint"]}
 
 
-def _drift(ctx: Context, batches: StepBatches, objective: Objective) -> Drift:
+def stored_top_k(cache: Artefact) -> int:
+    """How many of the teacher's most likely tokens a cache holds at every position."""
+    _, shape = cache.manifest["fields"].get("teacher_topk_ids", (None, (0,)))
+    return shape[-1]
+
+
+def check_before_work(ctx: Context) -> None:
+    """What the settings ask of the tokenizer and of caches, made or to be made.
+
+    Raises:
+      UserError: if a masked token is unknown, or a cache holds too few of the top-K.
+    """
+    recipe = ctx.config.opd
+    token_selection(recipe, ctx.tokenizer)
+    for stage in ("precompute", "heldout"):
+        if ctx.exists(stage):
+            cache = ctx.input(stage)
+            token_fields(recipe, stored_top_k(cache), str(cache.path))
+    if needs_top_k(recipe) and not ctx.exists("precompute"):
+        token_fields(recipe, ctx.config.precompute.teacher_top_k, "the cache to be made")
+
+
+def record_source(
+    ctx: Context, cache: Records
+) -> tuple[Sequence[dict], Callable[[dict], dict] | None]:
+    """The records that are trained on, and what was done to each: to be done to held-out ones too.
+
+    The first `opd.records` of the cache; with `opd.residual_folds` their teacher's scores less the
+    style baseline that is fitted to them here, in one pass.
+
+    Raises:
+      UserError: if the cache holds fewer records.
+    """
+    recipe = ctx.config.opd
+    count = recipe.records or len(cache)
+    if count > len(cache):
+        raise UserError(f"opd.records={count}: the cache holds {len(cache)}")
+    source = grain.MapDataset.source(cache)[:count]
+    if not recipe.residual_folds:
+        return source, None
+    records = (cache[i] for i in range(count))
+    baseline = fit_baseline(records, recipe.residual_folds, ctx.model("student").vocab_size)
+    return source.map(baseline.residualise), baseline.residualise
+
+
+def _drift(
+    ctx: Context,
+    batches: StepBatches,
+    objective: Objective,
+    transform: Callable[[dict], dict] | None,
+) -> Drift:
     """The drift panel, with the held-out T = 1 responses if that stage has run."""
     heldout = None
     if ctx.exists("heldout"):
         heldout = list(Records(ctx.input("heldout")))
+        heldout = [transform(record) for record in heldout] if transform else heldout
     return make_drift(
         ctx.model("student"),
         objective,
@@ -53,14 +115,16 @@ def _drift(ctx: Context, batches: StepBatches, objective: Objective) -> Drift:
 
 
 def run(ctx: Context, artefact: Artefact) -> dict:
-    """Huber regression of log π_θ onto log π_T over the cache."""
-    recipe = ctx.config.opd
-    fields = ("teacher_logprobs", "ref_logprobs")
-    cache = Records(ctx.input("precompute"))
-    batches = common.make_batches(ctx, cache, recipe, "opd", fields)
+    """Minimises `opd.objective` over the cache; by default Huber regression onto log π_T."""
+    recipe, precompute = ctx.config.opd, ctx.input("precompute")
+    cache = Records(precompute)
+    source, transform = record_source(ctx, cache)
+    fields = token_fields(recipe, stored_top_k(precompute), str(precompute.path))
+    selection = token_selection(recipe, ctx.tokenizer)
+    batches = common.make_batches(ctx, source, recipe, "opd", fields, selection)
     params = ctx.load_params("sft", "student")
-    objective = lightning_opd(recipe.tau)
-    drift = _drift(ctx, batches, objective)
+    objective = make_objective(recipe)
+    drift = _drift(ctx, batches, objective, transform)
     outputs = common.train_into(
         ctx, artefact, "student", params, batches, objective, recipe, drift=drift
     )

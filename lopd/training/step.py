@@ -22,12 +22,18 @@ Metrics = dict[str, jax.Array]
 _NOT_MEANS = ("loss", "router_loss", "tokens", SEQUENCE_LOG_RATIO)
 
 
+def _token_scores(params: qwen3.Params, hidden_BTD: jax.Array, micro: Batch) -> TokenScores:
+    """Scores of the targets and, where a batch carries the teacher's top-K, of these tokens."""
+    head, at_ids = qwen3.output_head(params), micro.get("teacher_topk_ids")
+    return token_scores(hidden_BTD, head, micro["targets"], at_ids_BTK=at_ids)
+
+
 def forward_scores(config: qwen3.Qwen3Config, params: qwen3.Params, micro: Batch) -> TokenScores:
     """What the model says of each target of a micro-batch; keeps nothing for a gradient."""
     hidden, _ = qwen3.forward(
         config, params, micro["tokens"], micro["positions"], micro["segment_ids"]
     )
-    return token_scores(hidden, qwen3.output_head(params), micro["targets"])
+    return _token_scores(params, hidden, micro)
 
 
 def score_sums(
@@ -70,7 +76,7 @@ def micro_loss(
         hidden, router_loss = qwen3.forward(*inputs, remat=remat)[0], None
     else:
         hidden, router_loss = qwen3.forward_with_router_loss(*inputs, remat=remat)
-    scores = token_scores(hidden, qwen3.output_head(params), micro["targets"])
+    scores = _token_scores(params, hidden, micro)
     loss, sums = score_sums(objective, scores, micro, responses)
     sums["loss"] = loss
     if router_loss is not None:
