@@ -80,7 +80,7 @@ def test_the_gradients_gap_is_a_covariance_and_is_bounded_by_chi2(drift, tau, se
 
 
 def test_weights_of_fresh_samples_average_to_one_and_their_ess_gives_chi2():
-    _, ref, student, p_ref, p = setting(drift=0.5)
+    _, _, _, p_ref, p = setting(drift=0.5)
     drawn = np.random.default_rng(0).choice(len(RESPONSES), 200_000, p=p_ref / p_ref.sum())
     log_weights = np.log(p / p_ref)[drawn]
     chi2 = p_ref @ (p / p_ref - 1) ** 2
@@ -91,6 +91,6 @@ def test_weights_of_fresh_samples_average_to_one_and_their_ess_gives_chi2():
 
 def test_samples_at_another_temperature_do_not_average_to_one():
     """Why the held-out responses are drawn at T = 1."""
-    _, ref, student, p_ref, p = setting(drift=0.5)
+    _, ref, _, p_ref, p = setting(drift=0.5)
     cold = np.exp(np.asarray(logprobs(ref / 0.5)).sum(axis=1))
     assert abs(cold @ (p / p_ref) - 1) > 0.01
