@@ -95,14 +95,19 @@ def write_artefacts(tmp_path_factory):
     write_cache(folder / "precompute", make_records(1, RECORDS), sft, tokenizer)
     write_cache(folder / "plain", make_records(1, RECORDS), sft, tokenizer, top_k=0)
     write_cache(folder / "heldout", make_records(2, 8), sft, tokenizer)
+    few = [
+        {**r, **{name: r[name][:, :4] for name in schema.top_k_fields(4)}}
+        for r in make_records(2, 8)
+    ]
+    write_cache(folder / "few", few, sft, tokenizer, top_k=4)
     return folder
 
 
-def run(made, workdir, cache="precompute", **changes) -> list[dict]:
+def run(made, workdir, cache="precompute", heldout="heldout", **changes) -> list[dict]:
     """Three steps; the rows of metrics.jsonl."""
     workdir.mkdir(exist_ok=True)
-    if not (workdir / "heldout").exists():
-        (workdir / "heldout").symlink_to(made / "heldout")
+    (workdir / "heldout").unlink(missing_ok=True)
+    (workdir / "heldout").symlink_to(made / heldout)
     config = tiny_config(cache=str(made / cache), **changes)
     config.sft.checkpoint = str(made / "sft")
     pipeline.run(config, str(workdir), ("opd",))
@@ -142,6 +147,10 @@ def test_refused_before_work(made, tmp_path):
     for message, changes in {
         "plain holds K=0": {"cache": "plain", "objective": "forward_kl"},
         "holds K=8": {"objective": "forward_kl", "top_k": 9},
+        "held-out responses have the teacher's top K=4": {
+            "heldout": "few",
+            "objective": "forward_kl",
+        },
         "masked_tokens: 'x y'": {"masked_tokens": ("x y",)},
         "records=25: the cache": {"records": 25},
     }.items():
