@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lopd.data.packing import pack, pad_rows
 from lopd.models import qwen3
-from lopd.models.sharding import ROW_AXES, constrain, current_mesh, on_mesh
+from lopd.models.sharding import ROW_AXES, constrain, current_mesh, current_platform, on_mesh
 from lopd.parallel import rows_sharding
 
 CHUNK_BYTES = 640 * 2**20
@@ -219,12 +219,15 @@ def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Arr
             b, c, _ = jnp.indices(local.shape, sparse=True)
             d_logits = d_logits.at[b, c, local].add(d_at, mode="drop")
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, head_VD)
+        d_logits, hidden = d_logits.reshape(-1, V), hidden.reshape(-1, hidden.shape[-1])
+        if current_platform() == "cpu":
+            d_logits = jax.lax.optimization_barrier(d_logits)  # see qwen3._project
+        d_hidden = (d_logits @ head_VD).reshape(*targets.shape, -1)
         if split.gather:
             d_hidden = jax.lax.psum_scatter(d_hidden, split.gather, tiled=True)
         others = tuple(axis for axis in split.vocab if axis not in split.gather)
         d_hidden = jax.lax.psum(d_hidden, others) if others else d_hidden
-        d_head += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_head, d_hidden
 
     chunks = jax.tree.map(lambda x: _chunked(x, chunk), (hidden_BTD, *tokens))

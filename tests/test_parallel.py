@@ -96,7 +96,7 @@ def test_weights_are_gathered_and_tokens_are_not(kind):
         for shape in re.findall(r"f32\[([\d,]+)\]", result)
     }
     gathered = {shape for name, shape in shapes if name == "all-gather"}
-    assert (DENSE.hidden_size, DENSE.num_attention_heads // 2, DENSE.head_dim) in gathered
+    assert (DENSE.hidden_size, DENSE.num_attention_heads // 2 * DENSE.head_dim) in gathered
     for name, shape in shapes:
         if ROW_LENGTH in shape[:-1]:
             rows = np.prod(shape[: shape.index(ROW_LENGTH)])

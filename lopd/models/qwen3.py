@@ -9,6 +9,7 @@ G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from lopd.errors import UserError
 from lopd.models import moe
 from lopd.models.attention import SAVED_NAME, attend
 from lopd.models.kv_cache import KVCache
-from lopd.models.sharding import constrain
+from lopd.models.sharding import constrain, current_platform
 
 Params = dict[str, Any]
 
@@ -111,6 +112,18 @@ def rotary_tables(config: Qwen3Config, positions_BT: jax.Array) -> tuple[jax.Arr
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
+    """The product over the last `contracted` axes of `x` and the first of `kernel`."""
+    if current_platform() != "cpu":
+        return jnp.tensordot(x, kernel, contracted)
+    # On CPU the gradient's product would take operands that XLA first transposes, in the loop
+    # that computes them: as slow as the product itself. Behind barriers it reads them as they lie.
+    out_shape = x.shape[: x.ndim - contracted] + kernel.shape[contracted:]
+    size = math.prod(kernel.shape[:contracted])
+    x, kernel = jax.lax.optimization_barrier(x.reshape(-1, size)), kernel.reshape(size, -1)
+    return jax.lax.optimization_barrier(x @ kernel).reshape(out_shape)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with per-head RMSNorm on queries and keys before RoPE."""
 
@@ -120,15 +133,9 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache, row_states):
         c = self.config
         D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q = jnp.einsum(
-            "btd,dhn->bthn", x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim"))
-        )
-        k = jnp.einsum(
-            "btd,dkn->btkn", x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim"))
-        )
-        v = jnp.einsum(
-            "btd,dkn->btkn", x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim"))
-        )
+        q = _project(x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim")))
+        k = _project(x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim")))
+        v = _project(x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim")))
         q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
@@ -137,10 +144,8 @@ class Attention(nn.Module):
         else:
             out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
             out = out[:, None]
-        out = jnp.einsum(
-            "bthn,hnd->btd", out, _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
-        )
-        return out, kv
+        kernel = _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
+        return _project(out, kernel, 2), kv
 
 
 class MLP(nn.Module):
@@ -151,9 +156,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.config.hidden_size, self.config.intermediate_size
-        gate = x_BTD @ _kernel(self, "gate", (D, F), ("embed", "mlp"))
-        up = x_BTD @ _kernel(self, "up", (D, F), ("embed", "mlp"))
-        return (nn.silu(gate) * up) @ _kernel(self, "down", (F, D), ("mlp", "embed"))
+        gate = _project(x_BTD, _kernel(self, "gate", (D, F), ("embed", "mlp")))
+        up = _project(x_BTD, _kernel(self, "up", (D, F), ("embed", "mlp")))
+        return _project(nn.silu(gate) * up, _kernel(self, "down", (F, D), ("mlp", "embed")))
 
 
 class MoE(nn.Module):
