@@ -121,7 +121,7 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
             if stage in _READ_PROMPTS and not artefact.complete:
                 stage.prompts(ctx)
     if "opd" in stages:
-        opd.check_before_work(ctx)
+        opd.check_before_work(ctx, stages)
     # A stage reads artefacts that are given, already there, or about to be made.
     for name in stages:
         for needed in _needs(ctx, name):

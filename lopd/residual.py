@@ -11,7 +11,7 @@ response's baseline comes from the folds without its prompt. Every response weig
 means of few tokens are shrunk towards the mean of all. The two halves are averaged, as the paper
 has it: of an offset that only the token id explains, half is taken out.
 
-The bins and the strength of the shrinkage are ours.
+Bins and strength of the shrinkage are ours. The paper's clip is τ = 0.2, to be set as `opd.tau`.
 """
 
 import dataclasses

@@ -37,6 +37,14 @@ def problem(batch=3, length=10, width=8, vocab=23, seed=0):
     return hidden, head, rng.integers(0, vocab, (batch, length))
 
 
+def other_ids(targets, vocab, k=5):
+    """k distinct ids at each position; one of them is now and then the target."""
+    rng = np.random.default_rng(2)
+    return rng.permuted(np.broadcast_to(np.arange(vocab), (*targets.shape, vocab)), axis=-1)[
+        ..., :k
+    ].astype(np.int32)
+
+
 def set_chunk(monkeypatch, tokens, vocab=23):
     """Lets so many tokens over all rows share a chunk."""
     monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * vocab * tokens)
@@ -46,26 +54,31 @@ def set_chunk(monkeypatch, tokens, vocab=23):
 def test_scores_equal_float64(monkeypatch, chunk_tokens):
     set_chunk(monkeypatch, chunk_tokens)
     hidden, head, targets = problem()
-    scores = scoring.token_scores(*map(jnp.asarray, (hidden, head, targets)))
+    ids = other_ids(targets, 23)
+    scores = scoring.token_scores(*map(jnp.asarray, (hidden, head, targets)), at_ids_BTK=ids)
     logprobs, lse, entropy, mean = float64_scores(hidden, head, targets)
+    for i in range(ids.shape[-1]):
+        expected = float64_scores(hidden, head, ids[..., i])[0]
+        np.testing.assert_allclose(scores.logprobs_at[..., i], expected, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(scores.logprobs, logprobs, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(scores.logsumexp, lse, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(scores.entropy, entropy, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores.mean_logprob, mean, atol=1e-5, rtol=1e-5)
 
 
-def check_gradients_equal_float64(mesh=None, **shape):
+def check_gradients_equal_float64(mesh=None, at_ids=True, **shape):
     """The hand-written backward pass against PyTorch's autodiff in float64."""
     hidden, head, targets = problem(**shape)
     weights = np.random.default_rng(1).normal(size=(3, *targets.shape))
+    ids = other_ids(targets, len(head)) if at_ids else None
+    at_weights = np.random.default_rng(4).normal(size=(*targets.shape, 5))
 
     def ours(hidden, head):
         with on_mesh(mesh) if mesh else contextlib.nullcontext():
-            s = scoring.token_scores(hidden, head, jnp.asarray(targets))
-        parts = (s.logprobs, s.logsumexp, s.mean_logprob)
-        return sum(
-            jnp.sum(jnp.asarray(w, jnp.float32) * x) for w, x in zip(weights, parts, strict=True)
-        )
+            s = scoring.token_scores(hidden, head, jnp.asarray(targets), at_ids_BTK=ids)
+        parts = list(zip(weights, (s.logprobs, s.logsumexp, s.mean_logprob), strict=True))
+        parts += [(at_weights, s.logprobs_at)] if at_ids else []
+        return sum(jnp.sum(jnp.asarray(w, jnp.float32) * x) for w, x in parts)
 
     h = torch.tensor(hidden, dtype=torch.float64, requires_grad=True)
     w = torch.tensor(head, dtype=torch.float64, requires_grad=True)
@@ -73,8 +86,9 @@ def check_gradients_equal_float64(mesh=None, **shape):
     lse = logits.logsumexp(-1)
     logp = torch.log_softmax(logits, -1)
     picked = logp.gather(-1, torch.tensor(targets)[..., None])[..., 0]
-    parts = (picked, lse, logp.mean(-1))
-    expected = sum((torch.tensor(c) * x).sum() for c, x in zip(weights, parts, strict=True))
+    parts = list(zip(weights, (picked, lse, logp.mean(-1)), strict=True))
+    parts += [(at_weights, logp.gather(-1, torch.tensor(ids, dtype=torch.int64)))] if at_ids else []
+    expected = sum((torch.tensor(c) * x).sum() for c, x in parts)
     expected.backward()
     place = lambda x: jax.device_put(x, parallel.replicated(mesh)) if mesh else jnp.asarray(x)  # noqa: E731
     gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
@@ -84,10 +98,10 @@ def check_gradients_equal_float64(mesh=None, **shape):
     np.testing.assert_allclose(d_head, w.grad.numpy(), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chunk_tokens", [6, 2048])
-def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens):
+@pytest.mark.parametrize(("chunk_tokens", "at_ids"), [(6, True), (2048, False)])
+def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens, at_ids):
     set_chunk(monkeypatch, chunk_tokens)
-    check_gradients_equal_float64()
+    check_gradients_equal_float64(at_ids=at_ids)
 
 
 def mesh_of(data, fsdp, tensor):

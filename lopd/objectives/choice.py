@@ -75,17 +75,13 @@ def token_selection(
     Raises:
       UserError: if a masked token is not one of the tokenizer's.
     """
-    ids = []
+    known = {token: i for i, token in enumerate(tokenizer.tokens) if token}
+    known |= {i: i for i in range(tokenizer.vocab_size)}
     for token in recipe.masked_tokens:
-        known = 0 <= token < tokenizer.vocab_size if isinstance(token, int) else (
-            token and token in tokenizer.tokens
-        )  # fmt: skip
-        if not known:
+        if token not in known:
             raise UserError(f"opd.masked_tokens: {token!r} is no token of the tokenizer, nor an id")
-        ids.append(token if isinstance(token, int) else list(tokenizer.tokens).index(token))
-    return weights.TokenSelection(
-        recipe.position_fraction, recipe.entropy_fraction, tuple(sorted({*ids}))
-    )
+    masked = tuple(sorted({known[token] for token in recipe.masked_tokens}))
+    return weights.TokenSelection(recipe.position_fraction, recipe.entropy_fraction, masked)
 
 
 def check_settings(recipe: ml_collections.ConfigDict) -> None:
@@ -94,15 +90,16 @@ def check_settings(recipe: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: one line that names the setting, its value and what it must be.
     """
-    only = recipe.objective == "log_ratio"
+    is_method = recipe.objective == "log_ratio"
     rules = (
         ("objective", recipe.objective in OBJECTIVES, f"be one of {', '.join(OBJECTIVES)}"),
         ("tau", recipe.tau > 0, "be positive"),
-        ("extrapolation", only or recipe.extrapolation == 1, "be 1 unless opd.objective=log_ratio"),
+        ("extrapolation", is_method or recipe.extrapolation == 1,
+         "be 1 unless opd.objective=log_ratio"),
         ("fixed_advantage", recipe.fixed_advantage < 0, "be negative"),
         ("residual_folds", recipe.residual_folds == 0 or recipe.residual_folds > 1,
          "be 0 (off) or at least 2"),
-        ("residual_folds", only or not recipe.residual_folds,
+        ("residual_folds", is_method or not recipe.residual_folds,
          "be 0 unless opd.objective=log_ratio"),
         ("position_fraction", 0 < recipe.position_fraction <= 1, "lie in (0, 1]"),
         ("entropy_fraction", 0 < recipe.entropy_fraction <= 1, "lie in (0, 1]"),

@@ -54,20 +54,32 @@ def stored_top_k(cache: Artefact) -> int:
     return shape[-1]
 
 
-def check_before_work(ctx: Context) -> None:
-    """What the settings ask of the tokenizer and of caches, made or to be made.
+def check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
+    """What the settings ask of the tokenizer and of caches, made or to be made by `stages`.
 
     Raises:
       UserError: if a masked token is unknown, or a cache holds too few of the top-K.
     """
-    recipe = ctx.config.opd
+    recipe, to_be_made = ctx.config.opd, ctx.config.precompute.teacher_top_k
     token_selection(recipe, ctx.tokenizer)
-    for stage in ("precompute", "heldout"):
-        if ctx.exists(stage):
-            cache = ctx.input(stage)
-            token_fields(recipe, stored_top_k(cache), str(cache.path))
-    if needs_top_k(recipe) and not ctx.exists("precompute"):
-        token_fields(recipe, ctx.config.precompute.teacher_top_k, "the cache to be made")
+    if not needs_top_k(recipe):
+        return
+    stored, where = to_be_made, "the cache to be made"
+    if ctx.exists("precompute"):
+        cache = ctx.input("precompute")
+        stored, where = stored_top_k(cache), str(cache.path)
+    token_fields(recipe, stored, where)
+    used = recipe.top_k or stored
+    if ctx.exists("heldout"):
+        held = stored_top_k(ctx.input("heldout"))
+    else:
+        held = to_be_made if "heldout" in stages else used
+    if held < used:
+        raise UserError(
+            f"the held-out responses have the teacher's top K={held}, opd.objective="
+            f"{recipe.objective!r} uses {used}: set opd.top_k={held}, or make them with "
+            f"precompute.teacher_top_k={used}"
+        )
 
 
 def record_source(
