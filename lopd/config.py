@@ -22,8 +22,10 @@ MATH_PROMPT = (
 
 STAGES = (
     *("teacher", "sft_data", "sft", "precompute", "heldout"),
-    *("opd", "control", "eval", "export"),
+    *("opd", "online", "control", "eval", "export"),
 )
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "online")
+"""What the method itself needs; `online` is what it is compared with."""
 
 
 def training_recipe(**changes) -> ml_collections.ConfigDict:
@@ -137,6 +139,10 @@ def base_config() -> ml_collections.ConfigDict:
             "opd": {
                 "cache": "",  # a finished `precompute` directory to use instead of this run's
                 "tau": 10.0,  # advantage clip, nats
+                # Sample the prompts again from the student as it is by then: every so many steps,
+                # or when a drift look finds the held-out ESS fraction below this; 0 for never.
+                "refresh_every": 0,
+                "refresh_below": 0.0,
                 **training_recipe(),
             },
             "control": training_recipe(),
@@ -250,6 +256,12 @@ def _check_heldout(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_refresh(recipe: ml_collections.ConfigDict) -> None:
+    every, below = recipe.refresh_every, recipe.refresh_below
+    _require(every >= 0, f"opd.refresh_every={every} must not be negative")
+    _require(0 <= below < 1, f"opd.refresh_below={below} must lie in [0, 1)")
+
+
 def _check_given_responses(config: ml_collections.ConfigDict) -> None:
     responses = config.sft_data.responses
     _require(
@@ -289,13 +301,14 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     )
     _check_given_responses(config)
     _require(config.opd.tau > 0, f"opd.tau={config.opd.tau} must be positive")
+    _check_refresh(config.opd)
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
     top_k = config.precompute.teacher_top_k
     _require(top_k >= 0, f"precompute.teacher_top_k={top_k} must not be negative")
     # Which rows hold whose responses.
     held = ()
-    if "heldout" in stages:
+    if "heldout" in stages or ("opd" in stages and config.opd.refresh_below):
         _check_heldout(config)
         held = (("heldout", "heldout"), ("opd", "heldout"))
     for rows, responses in (
