@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_run import interrupt, run, save_models, tiny_config, use_one_device
+from tiny_run import interrupt, run, tiny_config, use_one_device
 
 from lopd import parallel, pipeline
 from lopd.artefact import Artefact
@@ -35,10 +35,8 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
+def models(tiny_models):
+    return tiny_models
 
 
 def context(models, workdir, **changes) -> Context:

@@ -68,7 +68,7 @@ def save_models(folder: pathlib.Path, **changes) -> None:
 def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
     """The stages in this process; returns the artefact of the last."""
     given = {"teacher__checkpoint": f"{models}/teacher", "sft__checkpoint": f"{models}/sft"}
-    pipeline.run(tiny_config(**given, **changes), str(workdir), stages, worker)
+    pipeline.run(tiny_config(**given | changes), str(workdir), stages, worker)
     part = "-{}-of-{}".format(*worker) if worker else ""
     return Artefact(pathlib.Path(workdir) / f"{stages[-1]}{part}")
 
