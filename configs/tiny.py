@@ -11,7 +11,7 @@ from lopd import config as lopd_config
 def get_config():
     """Settings of the tiny run. Tuned on the `dev` split and on other seeds than those reported."""
     config = lopd_config.base_config()
-    config.stages = lopd_config.STAGES
+    config.stages = lopd_config.DEFAULT_STAGES
     config.tokenizer = "tiny"
     config.task.digits = 3
     config.prompt_length = 12

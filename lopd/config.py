@@ -22,8 +22,10 @@ MATH_PROMPT = (
 
 STAGES = (
     *("teacher", "sft_data", "sft", "precompute", "heldout"),
-    *("opd", "control", "eval", "export"),
+    *("opd", "online", "control", "eval", "export"),
 )
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "online")
+"""What the method itself needs; `online` is what it is compared with."""
 
 
 def training_recipe(**changes) -> ml_collections.ConfigDict:
@@ -151,6 +153,10 @@ def base_config() -> ml_collections.ConfigDict:
                 "entropy_fraction": 1.0,
                 "masked_tokens": (),
                 "importance_cap": 0.0,  # weigh tokens by min(π_θ/π_ref, cap); 0: all alike
+                # Sample the prompts again from the student as it is by then: every so many steps,
+                # or when a drift look finds the held-out ESS fraction below this; 0 for never.
+                "refresh_every": 0,
+                "refresh_below": 0.0,
                 **training_recipe(),
             },
             "control": training_recipe(),
@@ -264,6 +270,17 @@ def _check_heldout(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_refresh(recipe: ml_collections.ConfigDict) -> None:
+    every, below = recipe.refresh_every, recipe.refresh_below
+    _require(every >= 0, f"opd.refresh_every={every} must not be negative")
+    _require(0 <= below < 1, f"opd.refresh_below={below} must lie in [0, 1)")
+    _require(
+        not recipe.residual_folds or not (every or below),
+        f"opd.residual_folds={recipe.residual_folds} fits its tables to one whole cache: it must be "
+        "0 with opd.refresh_every or opd.refresh_below",
+    )
+
+
 def _check_given_responses(config: ml_collections.ConfigDict) -> None:
     responses = config.sft_data.responses
     _require(
@@ -303,13 +320,19 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     )
     _check_given_responses(config)
     check_settings(config.opd)
+    _check_refresh(config.opd)
+    _require(
+        "online" not in stages or not config.opd.residual_folds,
+        f"opd.residual_folds={config.opd.residual_folds} needs a cache, which online OPD has not: "
+        "it must be 0",
+    )
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
     top_k = config.precompute.teacher_top_k
     _require(top_k >= 0, f"precompute.teacher_top_k={top_k} must not be negative")
     # Which rows hold whose responses.
     held = ()
-    if "heldout" in stages:
+    if "heldout" in stages or ("opd" in stages and config.opd.refresh_below):
         _check_heldout(config)
         held = (("heldout", "heldout"), ("opd", "heldout"))
     for rows, responses in (

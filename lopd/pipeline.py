@@ -14,7 +14,19 @@ from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
 from lopd.models import hf
-from lopd.stages import adopt, control, export, heldout, opd, precompute, sft, sft_data, teacher
+from lopd.stages import (
+    adopt,
+    control,
+    export,
+    heldout,
+    online,
+    opd,
+    precompute,
+    refresh,
+    sft,
+    sft_data,
+    teacher,
+)
 from lopd.stages import eval as evaluation
 
 STAGES = {
@@ -24,6 +36,7 @@ STAGES = {
     "precompute": precompute,
     "heldout": heldout,
     "opd": opd,
+    "online": online,
     "control": control,
     "eval": evaluation,
     "export": export,
@@ -35,7 +48,7 @@ WORKER_STAGES = ("sft_data", "precompute", "heldout")
 
 # Whose position limit a stage's responses must keep within.
 _SAMPLED = {"teacher": {*WORKER_STAGES}, "student": {"precompute", "heldout"}}
-_READ_PROMPTS = (sft_data, precompute, heldout, evaluation)
+_READ_PROMPTS = (sft_data, precompute, heldout, online, evaluation)
 _NEEDS = {
     "teacher": (),
     "sft_data": ("teacher",),
@@ -43,6 +56,7 @@ _NEEDS = {
     "precompute": ("teacher", "sft"),
     "heldout": ("teacher", "sft"),
     "opd": ("sft", "precompute"),
+    "online": ("teacher", "sft"),
     "control": ("sft", "sft_data"),
     "eval": (),
     "export": ("opd",),
@@ -53,7 +67,16 @@ def _needs(ctx: Context, stage: str) -> tuple[str, ...]:
     """The artefacts that a stage reads."""
     if ctx.given(stage) or ctx.external(stage) or (stage == "sft_data" and sft_data.given(ctx)):
         return ()
+    if stage == "opd" and refresh.wanted(ctx.config):
+        decides = ("heldout",) if ctx.config.opd.refresh_below else ()
+        return (*_NEEDS[stage], "teacher", *decides)
     return _NEEDS[stage]
+
+
+def _sections(ctx: Context, stages: tuple[str, ...]) -> set[str]:
+    """The stages, and those by whose settings others of them sample."""
+    resamples = "online" in stages or ("opd" in stages and refresh.wanted(ctx.config))
+    return {*stages, *(("precompute",) if resamples else ())}
 
 
 def _check_writable(workdir: epath.Path) -> None:
@@ -81,7 +104,7 @@ def _say(text: str) -> None:
 
 
 def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
-    if ctx.external("teacher") or {"teacher", "precompute", "heldout"} & {*stages}:
+    if ctx.external("teacher") or {"teacher", "precompute", "heldout"} & _sections(ctx, stages):
         return True
     return "sft_data" in stages and not sft_data.given(ctx)
 
@@ -93,7 +116,7 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
         if which == "teacher" and not _uses_teacher(ctx, stages):
             continue
         model = ctx.model(which)
-        for name in _SAMPLED[which] & {*stages}:
+        for name in _SAMPLED[which] & _sections(ctx, stages):
             longest = ctx.config.prompt_length + ctx.config[name].response_length
             if longest > model.max_position_embeddings:
                 raise UserError(
@@ -122,6 +145,8 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
                 stage.prompts(ctx)
     if "opd" in stages:
         opd.check_before_work(ctx, stages)
+    if "online" in stages:
+        opd.batch_contents(ctx, ctx.config.precompute.teacher_top_k, "what online OPD scores")
     # A stage reads artefacts that are given, already there, or about to be made.
     for name in stages:
         for needed in _needs(ctx, name):
@@ -137,7 +162,8 @@ def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
         check_same_vocabulary(
             load_tokenizer(teacher), ctx.tokenizer, f"the tokenizers of {teacher} and the student"
         )
-    if ctx.external("sft") and {"precompute", "heldout"} & {*stages} and not ctx.config.sft.teacher:
+    scored = {"precompute", "heldout"} & _sections(ctx, stages)
+    if ctx.external("sft") and scored and not ctx.config.sft.teacher:
         raise UserError(
             f"sft.checkpoint={ctx.external('sft')} was fine-tuned elsewhere: say in sft.teacher "
             "who wrote its data (the method needs the teacher that scores to be the same)"

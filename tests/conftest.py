@@ -47,6 +47,18 @@ def one_device_mesh():
     return parallel.make_mesh(sizes, jax.devices()[:1])
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A folder with an untrained teacher and π_ref, as their stages would have left them."""
+    from tiny_run import save_models, use_one_device
+
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_device(patch)
+        save_models(folder)
+    return folder
+
+
 def random_params(config: qwen3.Qwen3Config, seed: int) -> qwen3.Params:
     """Parameters whose norm scales are random too, so that a missed one shows."""
     params = qwen3.init_params(config, jax.random.key(seed))

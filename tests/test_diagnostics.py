@@ -109,12 +109,12 @@ def test_ess_and_chi2_of_known_weights():
 
 def test_every_name_of_the_contract_is_written(tmp_path):
     _, rows, drift = training_run.run(tmp_path, mesh=mesh_of(1, 1, 1), steps=3)
-    names = """step loss tokens learning_rate grad_norm advantage advantage_sd
+    names = """step loss tokens flops learning_rate grad_norm advantage advantage_sd
         advantage_over_1_nat clipped kl_teacher kl_ref entropy importance_weight
         importance_weight_sd ess_fraction chi2 response_length truncated repetition"""
     contract = names.split()
     assert set(contract) == rows[0].keys() - {"logprob"}
-    same = set(contract) - {"step", "learning_rate", "grad_norm"}
+    same = set(contract) - {"step", "flops", "learning_rate", "grad_norm"}
     assert [d["step"] for d in drift] == [3] and same < drift[0]["heldout"].keys()
     timed = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert timed["tokens_per_second"] > 0 and 0 <= timed["data_wait"] <= 1

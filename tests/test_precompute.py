@@ -8,9 +8,7 @@ import errno
 import itertools
 import json
 import os
-import pathlib
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,62 +18,25 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_params
+from tiny_run import REPOSITORY, SETTINGS, run, save_models, tiny_config
 
 from lopd import config as lopd_config
-from lopd import parallel, pipeline, shutdown
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact
 from lopd.cache import merge, reader, schema, totals, writer
 from lopd.cache.reader import Records
-from lopd.context import PARAMS, Context
+from lopd.context import Context
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
 from lopd.sampling.engine import Request, Response
 from lopd.stages import heldout, precompute, rollouts
-from lopd.training import checkpoints
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
-SETTINGS = {
-    "precompute.prompts": 40,
-    "heldout.prompts": 12,
-    "runtime.slots": 8,
-    "runtime.records_per_shard": 8,
-}
-
-
-def tiny_config(**changes):
-    config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    config.update_from_flattened_dict(SETTINGS | changes)
-    return config
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A teacher and a π_ref, as their stages would have left them: untrained weights."""
     folder = tmp_path_factory.mktemp("models")
-    config = tiny_config()
-    ctx = Context(config, folder, parallel.make_mesh(config.mesh.to_dict()))
-    teacher = None
-    for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
-        params = random_params(ctx.model(which), seed)
-        params = jax.device_put(params, parallel.param_shardings(ctx.model(which), ctx.mesh))
-        artefact = Artefact(folder / stage)
-        artefact.begin(stage, {}, {})
-        checkpoints.save_params(artefact.path / PARAMS, params)
-        fingerprint = params_fingerprint(params)
-        teacher = teacher or fingerprint
-        outputs = {"model": dataclasses.asdict(ctx.model(which)), "fingerprint": fingerprint}
-        artefact.finish(outputs | {"teacher": teacher})
+    save_models(folder)
     return folder
-
-
-def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
-    """The stages in this process; returns the artefact of the last."""
-    given = {"teacher__checkpoint": str(models / "teacher"), "sft__checkpoint": str(models / "sft")}
-    config = tiny_config(**given, **changes)
-    pipeline.run(config, str(workdir), stages, worker)
-    part = "-{}-of-{}".format(*worker) if worker else ""
-    return Artefact(workdir / f"{stages[-1]}{part}")
 
 
 def content(artefact: Artefact) -> dict:
@@ -84,6 +45,8 @@ def content(artefact: Artefact) -> dict:
     assert manifest["complete"]
     for entry in [*manifest["shards"], *manifest["metadata"]]:
         del entry["sha256"], entry["bytes"]  # serialised fields may come in another order
+    for cost in manifest["outputs"]["costs"].values():
+        assert cost.pop("seconds") > 0
     return {key: value for key, value in manifest.items() if key != "seconds"}
 
 

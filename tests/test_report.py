@@ -78,6 +78,8 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
         "outputs": {"fingerprint": f"{name}-print"} if complete else {},
         "seconds": 90.0 if complete else 0.0,
     }
+    if name == "opd":
+        manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40}]
     save_manifest(folder, manifest)
     if name in reading.TRAINING:
         (folder / "metrics.jsonl").write_text(lines(metrics()))
@@ -146,7 +148,8 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     text = " ".join(whole.text.split())
     assert "80.0 [75.0, 85.0]" in text and "50.0 [45.0, 55.0]" in text
     assert "+30.0" in text and "+25.0" in text  # over SFT, over the control
-    assert "13 min 30 s" in text and "9 of 9 stages complete" in text
+    assert "cache refreshed after step 20, 40" in text.replace("\u00a0", " ")
+    assert "15 min 00 s" in text and "10 of 10 stages complete" in text
     assert all(f"{stage}-print" in text for stage in ("teacher", "sft", "precompute", "opd"))
     reads = {a["title"]: a["class"] for tag, a in whole.tags if "print" in a.get("title", "")}
     assert reads["sft sft-print: the one in this folder"] == "same"

@@ -26,7 +26,7 @@ from lopd.training.loop import train
 
 FIELDS = ("teacher_logprobs", "ref_logprobs")
 CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh of the tests
-TIMES = ("tokens_per_second", "data_wait")
+TIMES = ("seconds", "tokens_per_second", "data_wait")
 STEPS, CHECKPOINT_EVERY = 24, 4
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from lopd import accounting
 from lopd.artefact import Artefact, differences, open_complete
 from lopd.cache import schema, writer
 from lopd.errors import UserError
@@ -75,5 +76,6 @@ def merge(out: epath.PathLike, parts: Sequence[epath.PathLike]) -> Artefact:
         writer.copy_shard(artefact, part.path / name, entry)
     artefact.manifest["seconds"] = sum(part.manifest["seconds"] for part in opened)
     writer.write_metadata(artefact)
-    artefact.finish({**first["outputs"], **writer.outputs(artefact)})
+    costs = accounting.total(part.outputs.get("costs", {}) for part in opened)
+    artefact.finish({**first["outputs"], **writer.outputs(artefact), "costs": costs})
     return artefact

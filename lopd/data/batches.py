@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -170,6 +171,8 @@ class StepBatches:
     """`record_lengths`, or None where every record of a batch is read anyway."""
     layout: dict
     """Keyword arguments of `micro_batches`."""
+    reads_params = False
+    """See `lopd.training.loop.Batches`."""
 
     def __getitem__(self, step: int) -> Arrays:
         indices = self.indices[step]
@@ -193,9 +196,67 @@ class StepBatches:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def reader(self, start: int, stop: int) -> Callable[[int, Any], tuple[Arrays, dict]]:
+        """What the training loop calls with each of the steps start … stop − 1 and its parameters.
+
+        It gives the step's batch, and what is to be noted of how it was made: here nothing.
+        """
+        ahead = self.iterate(start, stop)
+        return lambda step, params: (next(ahead), {})
+
     def records(self, step: int) -> list[dict]:
         """The records of one step, whoever trains on them."""
         return [self.source[int(i)] for i in self.indices[step]]
+
+    def on(self, source: Sequence[dict], chosen: np.ndarray) -> "StepBatches":
+        """The same steps with other records: `source[i]` stands for record `chosen[i]` of this one.
+
+        Steps that read a record which is not chosen must not be asked for.
+
+        Args:
+          source: new records.
+          chosen: indices into the present source, ascending.
+        """
+        indices = self.indices.map(lambda batch: np.searchsorted(chosen, batch))
+        lengths = _lengths(source, self.layout["selection"])
+        return dataclasses.replace(self, source=source, indices=indices, lengths=lengths)
+
+
+def _lengths(source: Sequence[dict], selection: TokenSelection) -> np.ndarray | None:
+    """`record_lengths` for several processes; one reads every record of a batch anyway."""
+    return None if jax.process_count() == 1 else record_lengths(source, selection)
+
+
+def step_indices(size: int, seed: int, batch_size: int) -> grain.MapDataset:
+    """Item n: which of `size` records step n reads, int [batch_size].
+
+    They are shuffled globally, anew in each pass; batches run on across the end of a pass, so no
+    record is dropped.
+    """
+    # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
+    indices = grain.MapDataset.source(range(size)).seed(seed).shuffle().repeat()
+    return indices.batch(batch_size, batch_fn=np.array)
+
+
+def make_layout(
+    *,
+    row_length: int,
+    rows_per_micro: int,
+    reduction: str,
+    token_fields: Sequence[str | TokenField] = (),
+    selection: TokenSelection = ALL_TOKENS,
+    mesh: Mesh | None = None,
+) -> dict:
+    """Keyword arguments of `micro_batches` for this process's rows of a mesh; all rows without."""
+    rows = np.arange(rows_per_micro) if mesh is None else process_rows(mesh, rows_per_micro)
+    return dict(
+        row_length=row_length,
+        rows_per_micro=rows_per_micro,
+        reduction=reduction,
+        token_fields=tuple(token_fields),
+        selection=selection,
+        rows=rows,
+    )
 
 
 def step_batches(
@@ -203,42 +264,22 @@ def step_batches(
     *,
     seed: int,
     batch_size: int,
-    row_length: int,
-    rows_per_micro: int,
-    reduction: str,
-    token_fields: Sequence[str | TokenField] = (),
-    selection: TokenSelection = ALL_TOKENS,
-    mesh: Mesh | None = None,
+    **layout,
 ) -> StepBatches:
     """Batches whose item n is what step n trains on, packed by `micro_batches`.
 
-    Records are shuffled globally, anew in each pass over the source; batches run on across the
-    end of a pass, so no record is dropped. Neither the number of processes nor `rows_per_micro`
-    changes which records a step sees, nor which row of the batch they are in. With several
-    processes each reads the lengths of all records once, and then only the records of its rows.
+    `step_indices` says which records a step sees. Neither the number of processes nor
+    `rows_per_micro` changes that, nor which row of the batch a record is in. With several processes
+    each reads the lengths of all records once, and then only the records of its rows.
     A record longer than a row is an error of `assign_rows`; `lopd.config.validate` rules it out
     before.
 
     Args:
-      token_fields, selection: as in `micro_batches`.
-      mesh: whose rows to make; by default, of one process.
+      layout: of the rows, as `make_layout`'s.
     """
-    every = np.arange(rows_per_micro)
-    # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
-    indices = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
-    return StepBatches(
-        source,
-        indices.batch(batch_size, batch_fn=np.array),
-        None if jax.process_count() == 1 else record_lengths(source, selection),
-        dict(
-            row_length=row_length,
-            rows_per_micro=rows_per_micro,
-            reduction=reduction,
-            token_fields=tuple(token_fields),
-            selection=selection,
-            rows=every if mesh is None else process_rows(mesh, rows_per_micro),
-        ),
-    )
+    indices = step_indices(len(source), seed, batch_size)
+    layout = make_layout(**layout)
+    return StepBatches(source, indices, _lengths(source, layout["selection"]), layout)
 
 
 def put_batch(batch: Arrays, mesh: Mesh, rows_per_micro: int) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -267,14 +268,23 @@ def output_head(params: Params) -> jax.Array:
 def inference_params(
     config: Qwen3Config, params: Params, shardings: Params | None = None
 ) -> Params:
-    """Parameters for repeated decoding: compute type, one dict per layer instead of a stack.
+    """Parameters for repeated decoding; see `to_inference_params`."""
+    return to_inference_params(config, shardings)(params)
+
+
+def to_inference_params(
+    config: Qwen3Config, shardings: Params | None = None
+) -> Callable[[Params], Params]:
+    """What makes parameters for repeated decoding: compute type, one dict per layer, no stack.
+
+    It is compiled once, for weights that change. Results may share memory with what they were made
+    of: donating that ends them.
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
     scan over stacked layers cannot (it would copy the whole cache every token).
 
     Args:
       config: the model's shape.
-      params: stacked parameters.
       shardings: where the results are to lie, as a tree like `params`; by default where jit puts
         them.
     """
@@ -288,7 +298,7 @@ def inference_params(
         unstacked = lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))  # noqa: E731
         layer = jax.tree.map(unstacked, shardings["layers"])
         shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
-    return jax.jit(convert, out_shardings=shardings)(params)
+    return jax.jit(convert, out_shardings=shardings)
 
 
 def compute_params(config: Qwen3Config, params: Params) -> Params:

@@ -6,7 +6,8 @@ from lopd.report.plots import SERIES, Plot, interval_plot
 from lopd.report.reading import Run
 from lopd.report.texts import signed
 
-TITLES = {"base": "Base", "sft": "SFT", "control": "Control", "opd": "OPD", "teacher": "Teacher"}
+TITLES = {"base": "Base", "sft": "SFT", "control": "Control", "opd": "OPD", "online": "Online OPD",
+          "teacher": "Teacher"}  # fmt: skip
 """Models in the order of the tables, as they are called there."""
 
 

@@ -22,6 +22,7 @@ _DOES = {
     "sft": "fine-tunes the base student: π_ref",
     "precompute": "π_ref samples, teacher and π_ref score: the cache",
     "opd": "pulls log π_θ towards log π_T on the cache",
+    "online": "the same on fresh rollouts at every step, with a live teacher",
     "control": "goes on with SFT instead of OPD",
     "heldout": "fresh T = 1 responses of π_ref, for the drift panel",
     "eval": "grades every model",
@@ -40,6 +41,9 @@ def _leaves(stage: Stage) -> list[str]:
         tokens = sum(row.get("tokens", 0) for row in stage.metrics)
         if tokens:
             parts.append(f"{number(tokens)} tokens")
+    rounds = [str(entry["start"]) for entry in stage.manifest.get("rounds", [])]
+    if rounds:
+        parts.append(f"cache refreshed after step {', '.join(rounds)}")
     totals = stage.outputs if "tokens" in stage.outputs else stage.manifest.get("totals")
     if totals and totals.get("responses"):
         parts.append(f"{number(totals['responses'])} responses")

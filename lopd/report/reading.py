@@ -10,7 +10,7 @@ from lopd.artefact import Artefact, absolute
 from lopd.config import STAGES
 from lopd.errors import UserError
 
-TRAINING = ("teacher", "sft", "control", "opd")
+TRAINING = ("teacher", "sft", "control", "opd", "online")
 """Stages that leave a metrics.jsonl."""
 
 
@@ -34,7 +34,8 @@ class Stage:
     @property
     def steps(self) -> int | None:
         """Training steps that were asked for."""
-        return self.manifest.get("settings", {}).get(self.name, {}).get("steps")
+        section = "opd" if self.name == "online" else self.name
+        return self.manifest.get("settings", {}).get(section, {}).get("steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import ml_collections
 
+from lopd import accounting
 from lopd.artefact import Artefact
 from lopd.context import PARAMS, Context
 from lopd.data.batches import StepBatches, step_batches
@@ -21,7 +22,7 @@ from lopd.sampling.placement import sampling_mesh, slots_that_fit
 from lopd.tasks import Problem
 from lopd.training import checkpoints
 from lopd.training.diagnostics import Drift
-from lopd.training.loop import train
+from lopd.training.loop import Batches, Rounds, train
 
 
 def stage_settings(ctx: Context, section: str, *shared: str) -> dict:
@@ -69,6 +70,28 @@ def base_params(ctx: Context, which: str) -> qwen3.Params:
     return init(jax.random.key(ctx.seed(f"{which} weights")))
 
 
+def batch_order(ctx: Context, recipe: ml_collections.ConfigDict, purpose: str) -> dict:
+    """What says which records a step reads, for `step_indices`."""
+    return {"seed": ctx.seed(f"{purpose} order"), "batch_size": recipe.batch_size}
+
+
+def batch_rows(
+    ctx: Context,
+    recipe: ml_collections.ConfigDict,
+    token_fields: Sequence[str | TokenField] = (),
+    selection: TokenSelection = ALL_TOKENS,
+) -> dict:
+    """How a batch's records become rows, for `make_layout`."""
+    return {
+        "row_length": recipe.row_length,
+        "rows_per_micro": ctx.config.runtime.rows_per_micro,
+        "reduction": recipe.reduction,
+        "token_fields": token_fields,
+        "selection": selection,
+        "mesh": ctx.mesh,
+    }
+
+
 def make_batches(
     ctx: Context,
     source: Sequence[dict],
@@ -78,17 +101,9 @@ def make_batches(
     selection: TokenSelection = ALL_TOKENS,
 ) -> StepBatches:
     """The step-indexed batches of a training stage, in an order of its own."""
-    return step_batches(
-        source,
-        seed=ctx.seed(f"{purpose} order"),
-        batch_size=recipe.batch_size,
-        row_length=recipe.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-        reduction=recipe.reduction,
-        token_fields=token_fields,
-        selection=selection,
-        mesh=ctx.mesh,
-    )
+    order = batch_order(ctx, recipe, purpose)
+    rows = batch_rows(ctx, recipe, token_fields, selection)
+    return step_batches(source, **order, **rows)
 
 
 def train_into(
@@ -96,14 +111,15 @@ def train_into(
     artefact: Artefact,
     which: str,
     params: qwen3.Params,
-    batches: StepBatches,
+    batches: Batches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
     *,
     drift: Drift | None = None,
+    rounds: Rounds | None = None,
     router_coefficient: float = 0.0,
 ) -> dict:
-    """Trains a model, saves its weights under the artefact, and returns their identity."""
+    """Trains a model, saves its weights under the artefact, and returns identity and costs."""
     model = ctx.model(which)
     params = train(
         artefact,
@@ -116,10 +132,15 @@ def train_into(
         runtime=ctx.config.runtime,
         metrics=ctx.config.metrics,
         drift=drift,
+        rounds=rounds,
         router_coefficient=router_coefficient,
     )
     checkpoints.save_params(artefact.path / PARAMS, params)
-    return {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}
+    return {
+        "model": dataclasses.asdict(model),
+        "fingerprint": params_fingerprint(params),
+        "costs": accounting.of_training(artefact),
+    }
 
 
 def make_requests(

@@ -15,7 +15,7 @@ from lopd.stages import common
 from lopd.tasks import Problem, metrics
 
 MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",
-          "opd": "student"}  # fmt: skip
+          "opd": "student", "online": "student"}  # fmt: skip
 """Models that may be there, in the order of the table, and which shape each has."""
 
 

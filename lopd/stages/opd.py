@@ -1,4 +1,4 @@
-"""`opd`: trains the student on the fixed cache. Needs no teacher."""
+"""`opd`: trains the student on the fixed cache. Needs no teacher, but for refreshing the cache."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,6 @@ import grain
 from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import Context
-from lopd.data.batches import StepBatches
 from lopd.errors import UserError
 from lopd.objectives import (
     Objective,
@@ -18,13 +17,14 @@ from lopd.objectives import (
 )
 from lopd.report.rollouts import write_rollouts
 from lopd.residual import fit_baseline
-from lopd.stages import common
+from lopd.stages import common, refresh
 from lopd.training.diagnostics import Drift, make_drift
 
 
 def settings(ctx: Context) -> dict:
     """What the trained student depends on."""
-    return common.stage_settings(ctx, "opd") | common.model_settings(ctx, "student")
+    own = common.stage_settings(ctx, "opd") | common.model_settings(ctx, "student")
+    return own | refresh.settings(ctx)
 
 
 def inputs(ctx: Context) -> dict:
@@ -45,7 +45,8 @@ def inputs(ctx: Context) -> dict:
             f"the cache {cache.path} was made with tokenizer "
             f"{cache.manifest['settings']['tokenizer']}, the run's is {ctx.tokenizer.fingerprint}"
         )
-    return {"sft": start, "precompute": cache.outputs["fingerprint"]}
+    found = {"sft": start, "precompute": cache.outputs["fingerprint"]}
+    return found | refresh.inputs(ctx)
 
 
 def stored_top_k(cache: Artefact) -> int:
@@ -105,11 +106,24 @@ def record_source(
     return source.map(baseline.residualise), baseline.residualise
 
 
-def _drift(
+def batch_contents(ctx: Context, stored_top_k: int, where: str) -> dict:
+    """What a batch carries of each record, and of which tokens, for `make_layout`.
+
+    Raises:
+      UserError: if the objective needs more of the teacher's top-K than is stored.
+    """
+    recipe = ctx.config.opd
+    return {
+        "token_fields": token_fields(recipe, stored_top_k, where),
+        "selection": token_selection(recipe, ctx.tokenizer),
+    }
+
+
+def make_drift_panel(
     ctx: Context,
-    batches: StepBatches,
+    layout: dict,
     objective: Objective,
-    transform: Callable[[dict], dict] | None,
+    transform: Callable[[dict], dict] | None = None,
 ) -> Drift:
     """The drift panel, with the held-out T = 1 responses if that stage has run."""
     heldout = None
@@ -122,7 +136,7 @@ def _drift(
         ctx.mesh,
         every=ctx.config.runtime.drift_every,
         heldout=heldout,
-        layout=batches.layout,
+        layout=layout,
     )
 
 
@@ -131,14 +145,14 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     recipe, precompute = ctx.config.opd, ctx.input("precompute")
     cache = Records(precompute)
     source, transform = record_source(ctx, cache)
-    fields = token_fields(recipe, stored_top_k(precompute), str(precompute.path))
-    selection = token_selection(recipe, ctx.tokenizer)
-    batches = common.make_batches(ctx, source, recipe, "opd", fields, selection)
+    contents = batch_contents(ctx, stored_top_k(precompute), str(precompute.path))
+    batches = common.make_batches(ctx, source, recipe, "opd", **contents)
     params = ctx.load_params("sft", "student")
     objective = make_objective(recipe)
-    drift = _drift(ctx, batches, objective, transform)
+    drift = make_drift_panel(ctx, batches.layout, objective, transform)
+    rounds = refresh.make_rounds(ctx, artefact, batches, drift)
     outputs = common.train_into(
-        ctx, artefact, "student", params, batches, objective, recipe, drift=drift
+        ctx, artefact, "student", params, batches, objective, recipe, drift=drift, rounds=rounds
     )
     write_rollouts(ctx, artefact, cache)
-    return outputs
+    return outputs | refresh.outputs(artefact, outputs)

@@ -4,13 +4,14 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from absl import logging
 
-from lopd import parallel
+from lopd import accounting, parallel
 from lopd.artefact import Artefact
 from lopd.cache import reader, schema, totals, writer
 from lopd.context import Context
@@ -89,12 +90,20 @@ def prompts(ctx: Context) -> list[Request]:
     return common.make_requests(ctx, opd_problems(ctx)[0], ctx.config.precompute.samples)[1]
 
 
+def requests_of(records: Iterable[Mapping]) -> list[Request]:
+    """What the responses of a cache were answers to."""
+    return [
+        Request(int(r["prompt_id"]), int(r["sample_id"]), r["prompt_tokens"].tolist())
+        for r in records
+    ]
+
+
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and scores; see `sample_and_score`."""
     return sample_and_score(ctx, artefact, "precompute", prompts(ctx))
 
 
-def _dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
+def dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
     """A function from records to what gives their scores by one model, when called."""
     top_k = ctx.config.precompute.teacher_top_k if which == "teacher" else 0
 
@@ -136,21 +145,57 @@ class _GapWarning:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """Who samples: π_ref, or the student with these weights; and which draw of theirs it is."""
+
+    params: qwen3.Params | None = None
+    draw: str = ""
+
+
+class _Spent:
+    """Adds what a pass has cost to its artefact's manifest, under "costs", with every shard.
+
+    The device goes from sampling to scoring and back without a pause. What passes from a shard's
+    hand-over until its scores are there counts as scoring, all else as sampling.
+    """
+
+    def __init__(self, ctx: Context, artefact: Artefact):
+        self._ctx, self._artefact, self._last = ctx, artefact, time.perf_counter()
+
+    def on_shard(
+        self, records: Sequence[dict], scorers: Sequence[str], began: float, sampled: bool
+    ) -> None:
+        """Counts a shard whose scoring `began` then and has just ended."""
+        began, now = max(began, self._last), time.perf_counter()
+        models = [self._ctx.model(which) for which in scorers]
+        costs = {"scoring": accounting.forward(models, records, now - began)}
+        if sampled:
+            model = self._ctx.model("student")
+            costs["sampling"] = accounting.forward([model], records, began - self._last)
+        self._last = now
+        manifest = self._artefact.manifest
+        manifest["costs"] = accounting.total([manifest.get("costs", {}), costs])
+
+
 def _sampling_pass(
     ctx: Context,
     artefact: Artefact,
     section: str,
     plan: rollouts.Plan,
     teacher_params: qwen3.Params | None,
+    student: Student,
 ) -> None:
     """π_ref samples and scores, the teacher scores too if it is there, shard by shard."""
-    ref_params = ctx.load_params("sft", "student")
-    by_ref = _dispatcher(ctx, "student", ref_params, section)
-    by_teacher = teacher_params and _dispatcher(ctx, "teacher", teacher_params, section)
-    gap_warning = _GapWarning(ctx.model("student").dtype)
+    ref_params = student.params or ctx.load_params("sft", "student")
+    by_ref = dispatcher(ctx, "student", ref_params, section)
+    by_teacher = teacher_params and dispatcher(ctx, "teacher", teacher_params, section)
+    gap_warning, spent = _GapWarning(ctx.model("student").dtype), _Spent(ctx, artefact)
+    scorers = ("student", "teacher") if teacher_params else ("student",)
 
     def score(responses: list[Response]) -> rollouts.Finish:
         records = [rollouts.response_record(r) for r in responses]
+        began = time.perf_counter()
         ref, teacher = by_ref(records), by_teacher and by_teacher(records)
 
         def finish() -> tuple[list[dict], dict]:
@@ -160,11 +205,17 @@ def _sampling_pass(
             counted = totals.of_responses(records)
             counted |= totals.of_gaps([r.logprobs for r in responses], ref_logprobs)
             gap_warning.look(counted)
-            return _scored(records, counted, teacher()) if teacher else (records, counted)
+            if teacher:
+                records_and_totals = _scored(records, counted, teacher())
+            else:
+                records_and_totals = records, counted
+            spent.on_shard(records, scorers, began, sampled=True)
+            return records_and_totals
 
         return finish
 
-    sample = common.sampler(ctx, "student", ref_params, ctx.config[section], f"{section} sampling")
+    purpose = f"{section} sampling{student.draw}"
+    sample = common.sampler(ctx, "student", ref_params, ctx.config[section], purpose)
     fields = _fields(ctx) if teacher_params else schema.REF_SCORED_FIELDS
     rollouts.write_responses(artefact, plan, fields, sample, score, sample.stats)
 
@@ -173,39 +224,50 @@ def _scored(
     records: list[dict], counted: dict, by_teacher: Sequence[TokenScores]
 ) -> tuple[list[dict], dict]:
     """Records and totals with the teacher's scores."""
+    add_teacher_scores(records, by_teacher)
+    return records, counted | totals.of_scores(records)
+
+
+def add_teacher_scores(records: Sequence[dict], by_teacher: Sequence[TokenScores]) -> None:
+    """Puts the teacher's scores into the records."""
     for record, scores in zip(records, by_teacher, strict=True):
         record["teacher_logprobs"] = scores.logprobs
         if scores.topk_ids is not None:
             record["teacher_topk_ids"] = scores.topk_ids
             record["teacher_topk_logprobs"] = scores.topk_logprobs
-    return records, counted | totals.of_scores(records)
 
 
 def _teacher_pass(
     ctx: Context, artefact: Artefact, section: str, plan: rollouts.Plan, sampled: Artefact
 ) -> None:
     """The teacher scores the shards that π_ref has sampled."""
-    dispatch = _dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
+    dispatch = dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
     counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
+    spent = _Spent(ctx, artefact)
+
+    def score(name: str) -> rollouts.Finish:
+        records, began = reader.read_shard(sampled, name), time.perf_counter()
+        scores = dispatch(records)
+
+        def finish() -> tuple[list[dict], dict]:
+            records_and_totals = _scored(records, counted[name], scores())
+            spent.on_shard(records, ("teacher",), began, sampled=False)
+            return records_and_totals
+
+        return finish
+
     with writer.ShardWriter(artefact, _fields(ctx), plan.count) as shards:
         for index in bar(plan.missing, total=len(plan.missing), label="teacher", unit="shards"):
             parallel.check_stop()
-            name = schema.shard_name(index, plan.count)
-            records = reader.read_shard(sampled, name)
-            scores = dispatch(records)
-            shards.put(
-                index,
-                lambda records=records, name=name, scores=scores: _scored(
-                    records, counted[name], scores()
-                ),
-            )
+            shards.put(index, score(schema.shard_name(index, plan.count)))
 
 
-def resident_bytes(ctx: Context) -> int:
+def resident_bytes(ctx: Context, optimizer: bool = False) -> int:
     """Bytes per device that student and teacher take together while π_ref samples.
 
     The student is there in float32, for the scoring pass that must equal training's, and in its
     compute type for decoding if that is another; the teacher as `Context.load_params` gives it.
+    With `optimizer`, the student's two moments are there too.
     """
 
     def size(which: str, dtype: str) -> int:
@@ -221,16 +283,17 @@ def resident_bytes(ctx: Context) -> int:
     student = ctx.model("student").dtype
     teacher = ctx.model("teacher").dtype if ctx.external("teacher") else "float32"
     decoding = 0 if student == "float32" else size("student", student)
-    return size("student", "float32") + decoding + size("teacher", teacher)
+    held = (3 if optimizer else 1) * size("student", "float32")
+    return held + decoding + size("teacher", teacher)
 
 
-def _fits_together(ctx: Context) -> bool:
+def _fits_together(ctx: Context, student: Student) -> bool:
     """Whether student and teacher may be resident together, by plan.
 
     A third of the memory is left to what sampling and scoring need besides weights.
     """
     limit = parallel.device_memory(ctx.mesh)
-    needed = resident_bytes(ctx)
+    needed = resident_bytes(ctx, optimizer=student.params is not None)
     if needed * 3 <= limit * 2:
         return True
     print(
@@ -242,9 +305,15 @@ def _fits_together(ctx: Context) -> bool:
 
 
 def sample_and_score(
-    ctx: Context, artefact: Artefact, section: str, requests: Sequence[Request]
+    ctx: Context,
+    artefact: Artefact,
+    section: str,
+    requests: Sequence[Request],
+    student: Student = Student(),
 ) -> dict:
     """Samples every request from π_ref by the settings of `section`, and scores the responses.
+
+    π_ref is the fine-tuned student, or another `student`, as one that is being trained.
 
     The outputs report how far the sampler's log-probabilities (decoding with a cache) are from
     the scorer's (the training forward) on the same tokens and weights, and how consistent the
@@ -252,22 +321,27 @@ def sample_and_score(
     """
     plan = rollouts.make_plan(ctx, artefact, requests)
     sampled = Artefact(artefact.path / SAMPLED)
-    if plan.missing and sampled.manifest is None and _fits_together(ctx):
-        _sampling_pass(ctx, artefact, section, plan, ctx.load_params("teacher", "teacher"))
+    if plan.missing and sampled.manifest is None and _fits_together(ctx, student):
+        teacher = ctx.load_params("teacher", "teacher")
+        _sampling_pass(ctx, artefact, section, plan, teacher, student)
     elif plan.missing:
         sampled.begin(SAMPLED, artefact.manifest["settings"], artefact.manifest["inputs"])
         todo = set(rollouts.make_plan(ctx, sampled, requests).missing) & {*plan.missing}
         first = dataclasses.replace(plan, missing=sorted(todo))
         if first.missing:
-            _sampling_pass(ctx, sampled, section, first, None)
+            _sampling_pass(ctx, sampled, section, first, None, student)
             parallel.barrier(f"{sampled.path} written")
             sampled.reload()
         _teacher_pass(ctx, artefact, section, plan, sampled)
+    costs = [a.manifest.get("costs", {}) for a in (artefact, sampled) if a.manifest]
     if parallel.is_main() and sampled.path.exists():
         sampled.path.rmtree()
+    outputs = rollouts.finish(ctx, artefact)
+    artefact.manifest.pop("costs", None)
     return {
-        **rollouts.finish(ctx, artefact),
-        **inputs(ctx),
+        **outputs,
+        **{name: artefact.manifest["inputs"][name] for name in ("teacher", "sft")},
         "sft_teacher": ctx.input("sft").outputs["teacher"],
         "tokenizer": ctx.tokenizer_source,
+        "costs": accounting.total(costs),
     }

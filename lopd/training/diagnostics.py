@@ -174,6 +174,9 @@ class Drift:
     panel: Callable[[qwen3.Params, Batch], dict]
     every: int
     heldout: Batch | None
+    first: int = 0
+    """A step that is looked at besides: a round's first, where π_θ still is the π_ref of its
+    responses."""
 
     def look(self, params: qwen3.Params, batch: Batch) -> tuple[dict, dict | None]:
         """Dispatches the panel on the step's batch and on the held-out one; waits for neither."""
@@ -195,9 +198,12 @@ def make_drift(
     Args:
       layout: keyword arguments of `micro_batches`.
     """
-    batch = None
-    if heldout is not None:
-        rows = process_rows(mesh, layout["rows_per_micro"])
-        local: Arrays = micro_batches(heldout, **{**layout, "rows": rows})
-        batch = put_batch(local, mesh, layout["rows_per_micro"])
+    batch = None if heldout is None else heldout_batch(heldout, mesh, layout)
     return Drift(make_panel(config, objective, mesh), every, batch)
+
+
+def heldout_batch(heldout: Sequence[dict], mesh: Mesh, layout: dict) -> Batch:
+    """Held-out records as `Drift.heldout`; args as `make_drift`'s."""
+    rows = process_rows(mesh, layout["rows_per_micro"])
+    local: Arrays = micro_batches(heldout, **{**layout, "rows": rows})
+    return put_batch(local, mesh, layout["rows_per_micro"])

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lopd import parallel
 from lopd.artefact import Artefact, write_atomically
-from lopd.data.batches import StepBatches, micro_batches, put_batch
+from lopd.data.batches import micro_batches, put_batch
 from lopd.errors import UserError
 from lopd.models import qwen3
 from lopd.models.sharding import on_mesh
@@ -28,7 +28,7 @@ def _alone(
     model: qwen3.Qwen3Config,
     objective: Objective,
     params: qwen3.Params,
-    batches: StepBatches,
+    layout: dict,
     records: list[dict],
     mesh: Mesh,
 ) -> list[tuple[float, float]]:
@@ -40,10 +40,10 @@ def _alone(
             grads, metrics = batch_gradients(model, objective, params, batch)
         return metrics["loss"], optax.tree.norm(grads)
 
-    rows = batches.layout["rows_per_micro"]
+    rows = layout["rows_per_micro"]
     found = []
     for record in records:
-        batch = put_batch(micro_batches([record], **batches.layout), mesh, rows)
+        batch = put_batch(micro_batches([record], **layout), mesh, rows)
         found.append(tuple(float(x) for x in jax.device_get(look(params, batch))))
     return found
 
@@ -53,7 +53,8 @@ def stop_with_records(
     model: qwen3.Qwen3Config,
     objective: Objective,
     params: qwen3.Params,
-    batches: StepBatches,
+    layout: dict,
+    records: list[dict],
     step: int,
     row: dict,
     *,
@@ -63,18 +64,19 @@ def stop_with_records(
 
     Args:
       params: those that the failed step started from.
+      layout: of its batch, keyword arguments of `micro_batches`.
+      records: those of the step.
       step: the failed step, from 1.
       row: its `loss` and `grad_norm`.
 
     Raises:
       UserError: always, naming the step and the records.
     """
-    records = batches.records(step - 1)
     entries = [
         {**_record_id(record), "loss": str(loss), "grad_norm": str(norm),
          "finite": math.isfinite(loss) and math.isfinite(norm)}
         for record, (loss, norm) in zip(
-            records, _alone(model, objective, params, batches, records, mesh), strict=True
+            records, _alone(model, objective, params, layout, records, mesh), strict=True
         )
     ]  # fmt: skip
     bad = [entry for entry in entries if not entry["finite"]]

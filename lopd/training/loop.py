@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from lopd import parallel, shutdown
 from lopd.artefact import Artefact
-from lopd.data.batches import StepBatches, put_batch
+from lopd.data.batches import Arrays, put_batch
 from lopd.models import qwen3
 from lopd.objectives import Objective
 from lopd.progress import MetricsFile, bar, metrics_writers
@@ -31,6 +32,40 @@ from lopd.training.step import make_train_step
 from lopd.training.utilisation import peak_flops, training_flops
 
 
+class Batches(Protocol):
+    """Where a step's batch comes from: `lopd.data.batches.StepBatches`, or fresh rollouts."""
+
+    layout: dict
+    """Keyword arguments of `micro_batches`."""
+    reads_params: bool
+    """Whether a batch depends on the parameters that the step starts from. If not, it is prepared
+    while earlier steps run."""
+
+    def reader(
+        self, start: int, stop: int
+    ) -> Callable[[int, qwen3.Params], tuple[Arrays, dict[str, float]]]:
+        """To be called with each of the steps start … stop − 1, from 0, and the parameters before.
+
+        It gives this process's part of the batch, and columns for the step's row.
+        """
+
+    def records(self, step: int) -> list[dict]:
+        """The records of a step that was read, whoever trains on them."""
+
+
+class Rounds(Protocol):
+    """A training whose batches change on the way (`lopd.stages.refresh`)."""
+
+    def due(self, step: int, heldout: dict | None) -> bool:
+        """Whether a round begins after this step; `heldout` is what its drift look found."""
+
+    def open(self, step: int, params: qwen3.Params) -> tuple[Batches, Drift | None]:
+        """The batches and the drift panel after `step` steps. May take long, and be stopped.
+
+        What `params` of that step are needed for happens once, when its round begins.
+        """
+
+
 class _NotFinite(Exception):
     """A step's loss or gradient norm is not finite: (step, row)."""
 
@@ -45,6 +80,8 @@ class _InFlight:
     """What `Drift.look` dispatched at this step, or None."""
     waited: float
     """Seconds that the loop waited for its batch."""
+    columns: dict[str, float]
+    """What the source of the batch adds to the step's row."""
 
 
 class _Log:
@@ -69,10 +106,14 @@ class _Log:
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
         counts = jnp.arange(recipe.steps)
         self._rates = np.asarray(jax.vmap(learning_rate_schedule(recipe))(counts) + 0.0 * counts)
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Steps take time from now on."""
         self._clock = time.perf_counter()
 
-    def read(self, item: _InFlight) -> None:
-        """Waits for a step and writes its rows.
+    def read(self, item: _InFlight) -> dict | None:
+        """Waits for a step, writes its rows and returns that of drift.jsonl, if it has one.
 
         Raises:
           _NotFinite: instead of writing, if its loss or gradient is not finite.
@@ -83,22 +124,26 @@ class _Log:
             raise _NotFinite(item.step, row)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        positions = (float(metrics[name]) for name in ("positions", "positions_squared"))
+        row["flops"] = training_flops(self._model, *positions)
+        row["seconds"] = seconds
         row["learning_rate"] = float(self._rates[item.step - 1])
         row["tokens_per_second"] = row["tokens"] / seconds
         row["data_wait"] = item.waited / seconds
         shown = {"loss": f"{row['loss']:.4f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
         if self._peak:
-            flops = training_flops(
-                self._model, float(metrics["positions"]), float(metrics["positions_squared"])
-            )
-            row["utilisation"] = flops / seconds / self._peak
+            row["utilisation"] = row["flops"] / seconds / self._peak
             shown["util"] = f"{row['utilisation']:.0%}"
         for writer in self._writers:
-            writer.write({"step": item.step, **row})
-        if drift is not None and self._drift is not None:
-            self._drift.write(panel_row(item.step, *drift))
+            writer.write({"step": item.step, **row, **item.columns})
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+        if drift is None:
+            return None
+        panel = panel_row(item.step, *drift)
+        if self._drift is not None:
+            self._drift.write(panel)
+        return panel
 
     def close(self) -> None:
         """Closes the files and the live line."""
@@ -170,7 +215,7 @@ def train(
     artefact: Artefact,
     model: qwen3.Qwen3Config,
     initial_params: qwen3.Params,
-    batches: StepBatches,
+    batches: Batches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
     *,
@@ -178,24 +223,28 @@ def train(
     runtime: ml_collections.ConfigDict,
     metrics: ml_collections.ConfigDict,
     drift: Drift | None = None,
+    rounds: Rounds | None = None,
     router_coefficient: float = 0.0,
 ) -> qwen3.Params:
     """Trains for `recipe.steps` steps and returns the parameters.
 
     Continues from the newest good checkpoint under the artefact, if there is one: batch n is a
-    function of n, so the result is that of an uninterrupted run. Step n is dispatched before
+    function of n (and of the parameters before it), so the result is that of an uninterrupted run.
+    Where batches do not read the parameters, step n is dispatched before
     the metrics of step n − 1 are read, so the device does not wait for the host.
 
     Args:
       artefact: where checkpoints, metrics.jsonl, drift.jsonl and the rest go; its name is shown.
       model: the model's shape.
       initial_params: where a fresh run starts.
-      batches: item n is the batch of step n + 1.
+      batches: where each step's batch comes from.
       objective: the per-token loss.
       recipe: steps, learning rate and so on (`lopd.config.training_recipe`).
       mesh: the devices.
       runtime, metrics: the sections of the settings.
       drift: the drift panel, for OPD.
+      rounds: instead of `batches` and `drift` for all steps, those of one round after another; the
+        state is saved before a round begins.
       router_coefficient: weight of a mixture of experts' load-balancing loss.
 
     Raises:
@@ -212,16 +261,15 @@ def train(
     ):
         start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
         log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
-        loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, drift, state)
+        loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state)
         try:
-            if loop.run(batches, start, recipe.steps):
-                loop.save_now()
-                raise shutdown.Stopped
+            loop.run_rounds(start, recipe.steps)
         except _NotFinite as error:
             loop.save_now()
-            params = loop.state.params
+            step, row = error.args
+            records, layout = loop.batches.records(step - 1), loop.batches.layout
             failure.stop_with_records(
-                artefact, model, objective, params, batches, *error.args, mesh=mesh
+                artefact, model, objective, loop.state.params, layout, records, step, row, mesh=mesh
             )
         finally:
             log.close()
@@ -238,30 +286,65 @@ class _Loop:
     step_fn: Any
     mesh: Mesh
     runtime: ml_collections.ConfigDict
+    batches: Batches
     drift: Drift | None
+    rounds: Rounds | None
     state: TrainState
 
-    def run(self, batches: StepBatches, start: int, last: int) -> bool:
-        """Steps start + 1 … last; true if it ended earlier because it was asked to stop."""
-        stop, profile = _Stop(), _Profile(self.artefact, self.runtime.profile_steps)
-        data, in_flight, stopped = batches.iterate(start, last), None, False
+    def __post_init__(self):
+        self.stop = _Stop()
+        self.profile = _Profile(self.artefact, self.runtime.profile_steps)
+
+    def run_rounds(self, start: int, last: int) -> None:
+        """Steps start + 1 … last, with the batches of each round.
+
+        Raises:
+          Stopped: after a signal, with the state saved.
+        """
+        while True:
+            if self.rounds is not None:
+                self.batches, self.drift = self.rounds.open(start, self.state.params)
+            if self._run(start, last):
+                self.save_now()
+                raise shutdown.Stopped
+            start = int(self.state.step)
+            if start == last:
+                return
+            self.save_now()
+
+    def _run(self, start: int, last: int) -> bool:
+        """Steps start + 1 … last, or until a round is due; true if it was asked to stop."""
+        next_batch, in_flight, stopped = self.batches.reader(start, last), None, False
+        self.log.start_clock()
         for step in range(start + 1, last + 1):
-            if stopped := stop.agreed():
+            if stopped := self.stop.agreed():
                 break
+            if in_flight is not None and self.batches.reads_params:
+                self.log.read(in_flight)  # it is waited for anyway
+                in_flight = None
             clock = time.perf_counter()
-            batch = put_batch(next(data), self.mesh, self.runtime.rows_per_micro)
+            local, columns = next_batch(step - 1, self.state.params)
+            batch = put_batch(local, self.mesh, self.runtime.rows_per_micro)
             waited = time.perf_counter() - clock
-            profile.before(step)
+            self.profile.before(step)
             look = None
-            if self.drift and (step % self.drift.every == 0 or step == last):
+            if self.drift and (step % self.drift.every == 0 or step in (self.drift.first, last)):
                 look = self.drift.look(self.state.params, batch)
             self.state, metrics = self.step_fn(self.state, batch)
-            profile.after(step, metrics)
+            self.profile.after(step, metrics)
             if in_flight is not None:
                 self.log.read(in_flight)
-            in_flight = _InFlight(step, metrics, look, waited)
+            in_flight = _InFlight(step, metrics, look, waited, columns)
+            if self.rounds is not None and step < last:
+                heldout = None
+                if look is not None:
+                    heldout = self.log.read(in_flight)["heldout"]
+                    in_flight = None
+                if self.rounds.due(step, heldout):
+                    break
             if step < last and step % self.runtime.checkpoint_every == 0:
-                self.log.read(in_flight)
+                if in_flight is not None:
+                    self.log.read(in_flight)
                 in_flight = None
                 self._save(step)
         if in_flight is not None:

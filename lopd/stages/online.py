@@ -1,0 +1,137 @@
+"""`online`: standard OPD, the baseline. Every step samples from the student as it is, and the
+teacher, which stays resident, scores.
+
+It differs from `opd` in where a batch comes from and in nothing else: sampler, scorer, objective
+and step are the same, the settings are those of `opd` and `precompute`, and step n reads the same
+prompts.
+"""
+
+import dataclasses
+import time
+
+import jax
+
+from lopd import accounting, parallel
+from lopd.artefact import Artefact
+from lopd.cache.reader import Records
+from lopd.context import Context
+from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
+from lopd.errors import UserError
+from lopd.models import qwen3
+from lopd.sampling.engine import Request
+from lopd.objectives import make_objective
+from lopd.stages import common, opd, precompute, rollouts
+
+
+def settings(ctx: Context) -> dict:
+    """What the trained student depends on."""
+    own = common.stage_settings(ctx, "opd")["opd"]
+    own = {key: value for key, value in own.items() if not key.startswith("refresh_")}
+    return precompute.settings(ctx) | {"opd": own} | common.model_settings(ctx, "student")
+
+
+def inputs(ctx: Context) -> dict:
+    """Teacher and student; and the cache whose prompts are read, if one was given."""
+    found = precompute.inputs(ctx)
+    if ctx.given("precompute"):
+        found["precompute"] = ctx.input("precompute").outputs["fingerprint"]
+    return found
+
+
+def prompts(ctx: Context) -> list[Request]:
+    """The requests that the cache answers, in its order."""
+    if ctx.given("precompute"):
+        requests = precompute.requests_of(Records(ctx.input("precompute")))
+    else:
+        requests = precompute.prompts(ctx)
+    return requests[: ctx.config.opd.records or None]
+
+
+class OnlineBatches:
+    """Batches of fresh rollouts from the parameters that a step starts from."""
+
+    reads_params = True
+
+    def __init__(self, ctx: Context, params: qwen3.Params):
+        recipe, model = ctx.config.opd, ctx.model("student")
+        self._ctx = ctx
+        self._requests = prompts(ctx)
+        self._indices = step_indices(len(self._requests), **common.batch_order(ctx, recipe, "opd"))
+        top_k = ctx.config.precompute.teacher_top_k
+        contents = opd.batch_contents(ctx, top_k, "what online OPD scores")
+        self.layout = make_layout(**common.batch_rows(ctx, recipe, **contents))
+        teacher = ctx.load_params("teacher", "teacher")
+        self._score = precompute.dispatcher(ctx, "teacher", teacher, "precompute")
+        # Its weights are those of the first step only; each step puts its own in their place.
+        sampler = common.sampler(ctx, "student", params, ctx.config.precompute, "online sampling")
+        self._sampler = dataclasses.replace(sampler, params=None)
+        self._to_decode = qwen3.to_inference_params(
+            model, parallel.param_shardings(model, sampler.mesh)
+        )
+        self._read: tuple[int, list[dict]] = (-1, [])
+
+    def requests(self, step: int) -> list[Request]:
+        """What is answered in a step, from 0: the prompts of the offline step."""
+        return [self._requests[int(i)] for i in self._indices[step]]
+
+    def rollouts(self, step: int, params: qwen3.Params) -> tuple[list[dict], accounting.Costs]:
+        """The records of a step, as a cache would have them, and what they cost.
+
+        `ref_logprobs` are the sampler's log π_θ. The training pass starts from the same weights, so
+        an importance weight away from 1 is the difference between the two.
+        """
+        ctx, model = self._ctx, self._ctx.model("student")
+        jax.block_until_ready(params)  # the step before is not sampling
+        began = time.perf_counter()
+        seed = ctx.seed(f"online sampling, step {step + 1}")
+        sample = dataclasses.replace(
+            self._sampler,
+            params=self._to_decode(params),
+            sampling=dataclasses.replace(self._sampler.sampling, seed=seed),
+        )
+        responses = sorted(sample(self.requests(step)), key=lambda r: r.index)
+        sampled = time.perf_counter()
+        records = [{**rollouts.response_record(r), "ref_logprobs": r.logprobs} for r in responses]
+        precompute.add_teacher_scores(records, self._score(records)())
+        scored = time.perf_counter()
+        return records, {
+            "sampling": accounting.forward([model], records, sampled - began),
+            "scoring": accounting.forward([ctx.model("teacher")], records, scored - sampled),
+        }
+
+    def reader(self, start: int, stop: int):
+        """See `lopd.training.loop.Batches`."""
+
+        def read(step: int, params: qwen3.Params) -> tuple[Arrays, dict[str, float]]:
+            records, costs = self.rollouts(step, params)
+            self._read = step, records
+            return micro_batches(records, **self.layout), accounting.as_columns(costs)
+
+        return read
+
+    def records(self, step: int) -> list[dict]:
+        """The records of the step that was read last."""
+        assert step == self._read[0], (step, self._read[0])
+        return self._read[1]
+
+
+def _check_room(ctx: Context) -> None:
+    """Student, optimizer and teacher are all there all the time."""
+    needed = precompute.resident_bytes(ctx, optimizer=True)
+    limit = parallel.device_memory(ctx.mesh)
+    if needed > limit:
+        raise UserError(
+            f"online OPD would take {needed / 2**30:.1f} GiB per device for student, optimizer and "
+            f"teacher, and there are {limit / 2**30:.1f} GiB: use more devices (mesh.fsdp), or opd"
+        )
+
+
+def run(ctx: Context, artefact: Artefact) -> dict:
+    """OPD on fresh rollouts."""
+    _check_room(ctx)
+    params = ctx.load_params("sft", "student")
+    batches, objective = OnlineBatches(ctx, params), make_objective(ctx.config.opd)
+    drift = opd.make_drift_panel(ctx, batches.layout, objective)
+    return common.train_into(
+        ctx, artefact, "student", params, batches, objective, ctx.config.opd, drift=drift
+    )

@@ -1,0 +1,106 @@
+"""The tiny run without its training: an untrained teacher and π_ref, and stages that use them.
+
+As `python tiny_run.py WORKDIR MODELS STAGE NAME=VALUE...` it runs one stage on one device, to be
+killed.
+"""
+
+import ast
+import dataclasses
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import pytest
+from conftest import random_params
+
+from lopd import parallel, pipeline, shutdown
+from lopd.artefact import Artefact
+from lopd.context import PARAMS, Context
+from lopd.fingerprint import params_fingerprint
+from lopd.training import checkpoints
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+SETTINGS = {
+    "precompute.prompts": 40,
+    "heldout.prompts": 12,
+    "runtime.slots": 8,
+    "runtime.records_per_shard": 8,
+}
+
+
+def use_one_device(patch) -> None:
+    """Runs that this process starts use one device of those there are."""
+    make, first = parallel.make_mesh, jax.devices()[:1]
+    patch.setattr(parallel, "make_mesh", lambda sizes, devices=None: make(sizes, devices or first))
+
+
+def tiny_config(**changes):
+    """The tiny config with SETTINGS and changes, named with __ for each dot."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    config.update_from_flattened_dict(SETTINGS | changes)
+    return config
+
+
+def save_models(folder: pathlib.Path, **changes) -> None:
+    """A teacher and a π_ref, as their stages would have left them: untrained weights."""
+    config = tiny_config(**changes)
+    ctx = Context(config, folder, parallel.make_mesh(config.mesh.to_dict()))
+    teacher = None
+    for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
+        params = random_params(ctx.model(which), seed)
+        params = jax.device_put(params, parallel.param_shardings(ctx.model(which), ctx.mesh))
+        artefact = Artefact(folder / stage)
+        artefact.begin(stage, {}, {})
+        checkpoints.save_params(artefact.path / PARAMS, params)
+        fingerprint = params_fingerprint(params)
+        teacher = teacher or fingerprint
+        outputs = {"model": dataclasses.asdict(ctx.model(which)), "fingerprint": fingerprint}
+        artefact.finish(outputs | {"teacher": teacher})
+
+
+def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
+    """The stages in this process; returns the artefact of the last."""
+    given = {"teacher__checkpoint": f"{models}/teacher", "sft__checkpoint": f"{models}/sft"}
+    pipeline.run(tiny_config(**given | changes), str(workdir), stages, worker)
+    part = "-{}-of-{}".format(*worker) if worker else ""
+    return Artefact(pathlib.Path(workdir) / f"{stages[-1]}{part}")
+
+
+def interrupt(workdir, models, stage: str, when: Callable[[], bool], **changes) -> None:
+    """Runs a stage in a process of its own and kills it as soon as `when()` says so."""
+    arguments = [f"{name}={value!r}" for name, value in changes.items()]
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(workdir), str(models), stage, *arguments],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not when():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, errors
+
+
+def main(workdir: str, models: str, stage: str, *changes: str) -> None:
+    """One stage, which ends as `lopd.main` does after a signal."""
+    settings = dict(change.split("=") for change in changes)
+    use_one_device(pytest.MonkeyPatch())
+    try:
+        with shutdown.on_signals():
+            run(models, workdir, stage, **{k: ast.literal_eval(v) for k, v in settings.items()})
+    except shutdown.Stopped:
+        sys.exit(shutdown.EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
