@@ -1,0 +1,95 @@
+"""Runs what is missing of a study."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from lopd import pipeline, shutdown
+from lopd.artefact import Artefact
+from lopd.context import Context
+from lopd.study.design import AFTER, Arm, Study
+from lopd.study.store import Store
+
+_POLL_SECONDS = 1.0
+
+
+def steps(study: Study, store: Store, arm: Arm, seed: int) -> Iterator[tuple[Context, str]]:
+    """The stages of an arm in order; each must be complete before the next is asked for."""
+    teachers = {}
+    for name in dict.fromkeys((arm.writer, arm.teacher)):
+        ctx = store.context(study.teacher_config(name))
+        yield ctx, "teacher"
+        teachers[name] = str(ctx.home("teacher"))
+    after = study.after_config(arm, seed)
+    after.teacher.checkpoint = teachers[arm.teacher]
+    if arm.student != "teacher":
+        config = study.start_config(arm, seed)
+        config.teacher.checkpoint = teachers[arm.writer]
+        start = store.context(config)
+        yield start, "sft_data"
+        yield start, "sft"
+        after.sft.checkpoint = str(start.home("sft"))
+    ctx = store.context(after)
+    for stage in (*AFTER[arm.student], "eval"):
+        yield ctx, stage
+
+
+def finished(study: Study, store: Store, arm: Arm, seed: int) -> dict[str, Artefact] | None:
+    """The artefacts of an arm by stage, or None if one is missing."""
+    found = {}
+    for ctx, stage in steps(study, store, arm, seed):
+        found[stage] = Artefact(ctx.home(stage))
+        if not found[stage].complete:
+            return None
+    return found
+
+
+def check(study: Study, store: Store, names: Sequence[str]) -> list[Arm]:
+    """The arms to run, each with settings that pass the pipeline's checks.
+
+    Raises:
+      UserError: one line that names the arm, before any work.
+    """
+    arms = study.check(names)
+    for arm in arms:
+        before = ("teacher",) if arm.student == "teacher" else ("teacher", "sft_data", "sft")
+        ctx = store.context(study.start_config(arm, study.seeds[0]))
+        pipeline.check_settings(ctx, before)
+        ctx = store.context(study.after_config(arm, study.seeds[0]))
+        pipeline.check_settings(ctx, (*AFTER[arm.student], "eval"))
+    return arms
+
+
+def run(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """Runs every arm with every seed, leaving to other processes what they are at.
+
+    Several processes may do the same study, in any order of seeds: a pair of arm and seed that
+    another one works on is looked at again at the end, and taken over if that process has ended.
+    """
+    waiting = [(seed, arm) for seed in seeds for arm in arms]
+    total, started = len(waiting), time.perf_counter()
+    while waiting:
+        postponed = []
+        for seed, arm in waiting:
+            shutdown.check()
+            with store.locked(f"arm-{arm.name}-{seed}", wait=False) as taken:
+                if taken:
+                    _run_arm(study, store, arm, seed)
+                else:
+                    postponed.append((seed, arm))
+        if len(postponed) == len(waiting):
+            time.sleep(_POLL_SECONDS)
+        waiting = postponed
+    seconds = time.perf_counter() - started
+    print(f"{total} runs complete ({seconds:.0f} s of this process)", flush=True)
+
+
+def _run_arm(study: Study, store: Store, arm: Arm, seed: int) -> None:
+    if finished(study, store, arm, seed):
+        return
+    title = f"seed {seed}, {arm.name}"
+    wall, cpu = time.perf_counter(), time.process_time()
+    for ctx, stage in steps(study, store, arm, seed):
+        shutdown.check()
+        store.make(ctx, stage, f"{title}: {stage}")
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"{title}: done in {wall:.0f} s, {cpu:.0f} s of CPU", flush=True)
