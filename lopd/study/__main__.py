@@ -19,7 +19,7 @@ from lopd.artefact import absolute, is_local
 from lopd.errors import UserError
 from lopd.main import CONFIG, STAGES, WORKDIR, WORKER, fail, guarded, parse_flags
 
-SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in this order; by default the study's.")
+SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in order; by default the study's.")
 ARMS = flags.DEFINE_list("arms", [], "Arms to run and to show; by default all.")
 PROCESSES = flags.DEFINE_integer(
     "processes", 1, "Share the work, on CPUs, between so many processes.", lower_bound=1
@@ -83,15 +83,12 @@ def _study() -> None:
     seeds = [int(seed) for seed in SEEDS.value] or [*study.seeds]
     store = Store(absolute(WORKDIR.value), parallel.make_mesh(study.base.mesh.to_dict()))
     arms = run.check(study, store, ARMS.value)
-    for seed in seeds:
-        if seed not in study.seeds:
-            raise UserError(f"--seeds: {seed} is not one of the study's {[*study.seeds]}")
     if PROCESSES.value > 1:
         _run_processes(seeds)
     else:
         run.run(study, store, arms, seeds)
     with store.locked("report"):
-        write(study, store, arms)
+        write(study, store, arms, sorted({*study.seeds, *seeds}))
 
 
 def main(argv: list[str]) -> None:

@@ -58,7 +58,7 @@ class Section:
     pairs: Sequence[tuple[str, str]] = ()
     """(a, b): rows of paired differences a − b."""
     figure: str = "bars"
-    """"bars" of the arms, "pairs" of the differences, "grid" of four arms, or "cost" of the arms."""
+    """"bars" or "cost" of the arms, "grid" of four of them, or "pairs": the differences."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from lopd.study.run import finished
 from lopd.study.store import Store
 
 _LAST_STEPS = 10
-_COSTLY = ("precompute", "opd", "online", "control")
+_AFTER_SFT = ("precompute", "opd", "online", "control")
+"""Stages whose costs are those of an arm; the drift panel's rollouts are not."""
 
 
 def _rows(path: epath.Path) -> list[dict]:
@@ -67,21 +68,21 @@ def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
         },
         **(_training(artefacts[arm.student]) if trained else {}),
         "seconds": {name: artefact.manifest["seconds"] for name, artefact in artefacts.items()},
-        "cost": {
-            name: artefacts[name].outputs["cost"]
-            for name in _COSTLY
-            if name in artefacts and "cost" in artefacts[name].outputs
+        "costs": {
+            name: artefacts[name].outputs["costs"]
+            for name in _AFTER_SFT
+            if name in artefacts and "costs" in artefacts[name].outputs
         },
         "artefacts": {name: artefact.path.name for name, artefact in artefacts.items()},
     }
     return _short(result)
 
 
-def collect(study: Study, store: Store, arms: Sequence[Arm]) -> list[dict]:
+def collect(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -> list[dict]:
     """The results of every run that is complete."""
     found = []
     for arm in arms:
-        for seed in study.seeds:
+        for seed in seeds:
             artefacts = finished(study, store, arm, seed)
             if artefacts:
                 found.append(run_result(arm, seed, artefacts))

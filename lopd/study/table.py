@@ -13,6 +13,8 @@ from scipy.special import stdtrit
 from lopd.study.design import Section
 
 MODES = ("greedy", "sampled")
+KINDS = ("sampling", "scoring", "training")
+"""Of costs, after `lopd.accounting`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,17 @@ class Results:
                 values.append(run)
         return float(np.mean(values)) if values else None
 
+    def cost(self, arm: str, kind: str, unit: str) -> float | None:
+        """The mean over seeds of what an arm spends after SFT on "sampling", "scoring" or
+        "training", in "seconds" or "flops"; None if nothing was counted.
+        """
+        values = [
+            sum(costs.get(kind, {}).get(unit, 0.0) for costs in run["costs"].values())
+            for run in self.of(arm)
+            if run["costs"]
+        ]
+        return float(np.mean(values)) if values else None
+
 
 def _number(value: float | None, form: str) -> str:
     return "—" if value is None else f"{value:{form}}"
@@ -119,6 +132,23 @@ def difference_table(section: Section, results: Results) -> list[list[str]]:
             cells = [x.text(signed=True) for x in estimates]
             table.append([" − ".join(pair), *cells, str(estimates[0].n)])
     return table
+
+
+def cost_table(section: Section, results: Results) -> list[list[str]]:
+    """A header, and a row for each arm of a "cost" section whose costs were counted."""
+    table = [["arm", *(f"{kind}, {unit}" for unit in ("s", "TFLOPs") for kind in KINDS)]]
+    for arm in section.arms if section.figure == "cost" else ():
+        if results.cost(arm, KINDS[0], "seconds") is not None:
+            seconds = [f"{results.cost(arm, kind, 'seconds'):.1f}" for kind in KINDS]
+            flops = [f"{results.cost(arm, kind, 'flops') / 1e12:.2f}" for kind in KINDS]
+            table.append([arm, *seconds, *flops])
+    return table
+
+
+def tables(section: Section, results: Results) -> list[list[list[str]]]:
+    """The tables of a section that have rows."""
+    found = [make(section, results) for make in (accuracy_table, difference_table, cost_table)]
+    return [table for table in found if len(table) > 1]
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
