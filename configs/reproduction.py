@@ -106,11 +106,18 @@ def _sections(base):
     whole = base.teacher.model.vocab_size
     return [
         Section(
+            "teachers",
+            "The teachers and the students they start",
+            "A writes a column as 5+4+1=10, B as 1+4+5=10; each taught SFT by its own answers.",
+            arms=("teacher_a", "teacher_b", "sft", "sft_b"),
+            pairs=(("teacher_a", "teacher_b"), ("sft", "sft_b")),
+        ),
+        Section(
             "core",
             "Lightning OPD, online OPD and controls",
             "The control takes as many further SFT steps as OPD takes; sft_fresh does so on as "
             "many fresh teacher samples as there are rollouts.",
-            arms=("teacher_a", "sft", "control", "sft_fresh", "lightning", "online"),
+            arms=("sft", "control", "sft_fresh", "lightning", "online"),
             pairs=(
                 *(("lightning", x) for x in ("sft", "control", "sft_fresh", "online")),
                 ("online", "sft"),

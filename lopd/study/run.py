@@ -65,6 +65,7 @@ def run(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -
     Several processes may do the same study, in any order of seeds: a pair of arm and seed that
     another one works on is looked at again at the end, and taken over if that process has ended.
     """
+    _make_teachers(study, store, arms)
     waiting = [(seed, arm) for seed in seeds for arm in arms]
     total, started = len(waiting), time.perf_counter()
     while waiting:
@@ -83,13 +84,26 @@ def run(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -
     print(f"{total} runs complete ({seconds:.0f} s of this process)", flush=True)
 
 
+def _make_teachers(study: Study, store: Store, arms: Sequence[Arm]) -> None:
+    """Makes the teachers that no other process is at, so that several make one each."""
+    for name in dict.fromkeys(name for arm in arms for name in (arm.writer, arm.teacher)):
+        ctx = store.context(study.teacher_config(name))
+        with store.locked(f"teacher-{name}", wait=False) as taken:
+            if taken:
+                store.make(ctx, "teacher", f"teacher {name}")
+
+
 def _run_arm(study: Study, store: Store, arm: Arm, seed: int) -> None:
     if finished(study, store, arm, seed):
         return
-    title = f"seed {seed}, {arm.name}"
-    wall, cpu = time.perf_counter(), time.process_time()
+    title, spent = f"seed {seed}, {arm.name}", {}
+    wall = time.perf_counter()
     for ctx, stage in steps(study, store, arm, seed):
         shutdown.check()
+        cpu = time.process_time()
         store.make(ctx, stage, f"{title}: {stage}")
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"{title}: done in {wall:.0f} s, {cpu:.0f} s of CPU", flush=True)
+        spent[stage] = spent.get(stage, 0.0) + time.process_time() - cpu
+    parts = ", ".join(f"{stage} {cpu:.0f}" for stage, cpu in spent.items() if cpu >= 0.5)
+    total = sum(spent.values())
+    wall = time.perf_counter() - wall
+    print(f"{title}: done in {wall:.0f} s, {total:.0f} s of CPU ({parts})", flush=True)
