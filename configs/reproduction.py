@@ -19,16 +19,21 @@ SEEDS = (21, 22, 23, 24, 25)
 
 
 def get_config():
-    """The base settings: those of the tiny run, with half the steps and fewer prompts."""
+    """The base settings: those of the tiny run, with a shorter OPD on fewer prompts.
+
+    With fewer steps the rate has to fall in the end: tuned on seeds 1 and 2 and the `dev` split.
+    """
     path = pathlib.Path(__file__).with_name("tiny.py")
     spec = importlib.util.spec_from_file_location("tiny", path)
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
     config = tiny.get_config()
     config.stages = ()
-    config.precompute.prompts = 5120
+    config.precompute.prompts = 3840  # two passes
     for stage in (config.opd, config.control):
-        stage.update(steps=80, warmup_steps=10)
+        stage.update(
+            steps=120, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=10
+        )
     config.eval.prompts = 500
     config.metrics.tensorboard = False
     config.runtime.update(checkpoint_every=10_000, drift_every=10_000)
