@@ -122,9 +122,9 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
-        (Arm("x", {"opd.tua": 1}), "arm 'x': opd.tua=1 cannot be set"),
+        (Arm("x", {"opd.tua": 1}), "arm 'x': there is no setting opd.tua"),
         (Arm("x", {"opd.tau": "one"}), "arm 'x': opd.tau='one' cannot be set"),
-        (Arm("x", {"opd.tau": -1.0}), "opd.tau=-1.0 must be positive"),
+        (Arm("x", {"opd.tau": -1.0}), "arm 'x': opd.tau=-1.0 must be positive"),
         (Arm("x", {"sft.steps": 1}), "arm 'x': sft.steps is settled before the arms part"),
         (Arm("x", teacher="c"), "no teacher is called 'c'; there are a, b"),
         (Arm("x", student="opq"), "student='opq' must be one of"),

@@ -170,7 +170,9 @@ def changed(
                 target = target[section]
             target[name]  # an unknown one raises
             target[name] = value
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"{what}: there is no setting {key}") from error
+        except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{what}: {key}={value!r} cannot be set: {reason}") from error
     return config

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from lopd import pipeline, shutdown
 from lopd.artefact import Artefact
 from lopd.context import Context
+from lopd.errors import UserError
 from lopd.study.design import AFTER, Arm, Study
 from lopd.study.store import Store
 
@@ -52,10 +53,13 @@ def check(study: Study, store: Store, names: Sequence[str]) -> list[Arm]:
     arms = study.check(names)
     for arm in arms:
         before = ("teacher",) if arm.student == "teacher" else ("teacher", "sft_data", "sft")
-        ctx = store.context(study.start_config(arm, study.seeds[0]))
-        pipeline.check_settings(ctx, before)
-        ctx = store.context(study.after_config(arm, study.seeds[0]))
-        pipeline.check_settings(ctx, (*AFTER[arm.student], "eval"))
+        start = store.context(study.start_config(arm, study.seeds[0]))
+        after = store.context(study.after_config(arm, study.seeds[0]))
+        try:
+            pipeline.check_settings(start, before)
+            pipeline.check_settings(after, (*AFTER[arm.student], "eval"))
+        except UserError as error:
+            raise UserError(f"arm {arm.name!r}: {error}") from error
     return arms
 
 
