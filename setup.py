@@ -13,7 +13,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lopd", "lopd.*"]),
-    package_data={"lopd.data": ["tiny_tokenizer/*"], "lopd.report": ["page.*"]},
+    package_data={
+        "lopd.data": ["tiny_tokenizer/*"],
+        "lopd.report": ["page.*"],
+        "lopd.study": ["page.*"],
+    },
     install_requires=[
         "absl-py",
         "array_record",

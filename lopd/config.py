@@ -14,6 +14,7 @@ from ml_collections import config_dict
 from lopd.errors import UserError
 from lopd.models.qwen3 import REMAT_POLICIES
 from lopd.objectives import REDUCTIONS, check_settings
+from lopd.tasks.addition import STYLES
 
 MATH_PROMPT = (
     r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
@@ -104,6 +105,7 @@ def base_config() -> ml_collections.ConfigDict:
                 "checkpoint": "",
                 "model": {},  # shape; by default that of the checkpoint
                 "problems": config_dict.placeholder(int),  # ground-truth worked answers to train on
+                "style": "columns",  # of those answers: see lopd.tasks.addition.STYLES
                 "label_smoothing": 0.0,
                 **training_recipe(),
             },
@@ -160,7 +162,11 @@ def base_config() -> ml_collections.ConfigDict:
                 **training_recipe(),
             },
             "control": training_recipe(),
-            "eval": {"split": "test", **sampling_section(temperature=0.6, top_p=0.95)},
+            "eval": {
+                "split": "test",
+                "models": (),  # which to evaluate; by default all that are there
+                **sampling_section(temperature=0.6, top_p=0.95),
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "metrics": {
                 "tensorboard": True,  # event files beside each metrics.jsonl
@@ -276,8 +282,8 @@ def _check_refresh(recipe: ml_collections.ConfigDict) -> None:
     _require(0 <= below < 1, f"opd.refresh_below={below} must lie in [0, 1)")
     _require(
         not recipe.residual_folds or not (every or below),
-        f"opd.residual_folds={recipe.residual_folds} fits its tables to one whole cache: it must be "
-        "0 with opd.refresh_every or opd.refresh_below",
+        f"opd.residual_folds={recipe.residual_folds} fits its tables to one whole cache: it must "
+        "be 0 with opd.refresh_every or opd.refresh_below",
     )
 
 
@@ -326,6 +332,10 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         f"opd.residual_folds={config.opd.residual_folds} needs a cache, which online OPD has not: "
         "it must be 0",
     )
+    _require(
+        config.teacher.style in STYLES,
+        f"teacher.style={config.teacher.style!r} must be one of {', '.join(STYLES)}",
+    )
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])
     top_k = config.precompute.teacher_top_k
@@ -350,6 +360,11 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         config.eval.split in ("dev", "test"),
         f"eval.split={config.eval.split!r} must be 'dev' or 'test'",
     )
+    for model in config.eval.models:
+        _require(
+            model == "base" or model in STAGES,
+            f"eval.models: no model is called {model!r}; it is 'base' or a stage that trains one",
+        )
     remat = config.runtime.remat
     _require(
         remat in REMAT_POLICIES,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
@@ -31,6 +32,8 @@ class Context:
     mesh: Mesh
     worker: tuple[int, int] | None = None
     """(i, N): this process samples part i of N, counted from 0, into a directory of its own."""
+    locate: Callable[["Context", str], epath.Path] | None = None
+    """Says where the artefact of a stage lies, if not in WORKDIR/STAGE (`lopd.study.store`)."""
 
     @property
     def tokenizer_source(self) -> str:
@@ -46,10 +49,14 @@ class Context:
         name = self.tokenizer_source
         return load_tokenizer(name if self.config.tokenizer else hf.resolve_checkpoint(name))
 
+    def home(self, stage: str) -> epath.Path:
+        """The directory of the whole artefact of `stage`."""
+        return self.locate(self, stage) if self.locate else self.workdir / stage
+
     def place(self, stage: str) -> epath.Path:
-        """The directory that this process makes the artefact of `stage` in."""
-        part = "-{}-of-{}".format(*self.worker) if self.worker else ""
-        return self.workdir / f"{stage}{part}"
+        """The directory that this process makes the artefact of `stage`, or its part of it, in."""
+        home = self.home(stage)
+        return home.parent / "{}-{}-of-{}".format(home.name, *self.worker) if self.worker else home
 
     @functools.cached_property
     def task(self) -> Task:
@@ -104,7 +111,7 @@ class Context:
 
     def exists(self, stage: str) -> bool:
         """Whether the artefact of `stage` can be read: given, or finished in this run."""
-        return bool(self.given(stage)) or Artefact(self.workdir / stage).complete
+        return bool(self.given(stage)) or Artefact(self.home(stage)).complete
 
     def input(self, stage: str) -> Artefact:
         """The finished artefact of `stage`: the one given in the settings, or this run's.
@@ -113,7 +120,7 @@ class Context:
           UserError: if it is missing or unfinished.
         """
         given = self.given(stage)
-        return open_complete(given or self.workdir / stage, f"the {stage} artefact")
+        return open_complete(given or self.home(stage), f"the {stage} artefact")
 
     def read_checkpoint(self, path: epath.Path, which: str) -> Params:
         """The weights of a Hugging Face folder, to be used as the "teacher" or the "student".

@@ -8,6 +8,7 @@ import errno
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -66,13 +67,23 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that a mistake on the command line is reported at once.
-    from lopd import parallel, pipeline, platform
+    from lopd import pipeline
+
+    guarded(lambda: pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value), worker))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Sets the process up for a working directory, does the work, and ends it with its exit code.
+
+    A mistake of the user's or a full disk is one line; signals are a request to stop.
+    """
+    from lopd import parallel, platform
 
     platform.prepare(WORKDIR.value)
     try:
         parallel.initialize()
         with shutdown.on_signals():
-            pipeline.run(CONFIG.value, WORKDIR.value, tuple(STAGES.value), worker)
+            work()
     except UserError as error:
         _report(str(error))
         parallel.leave(shutdown.EXIT_ERROR)

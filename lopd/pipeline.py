@@ -109,8 +109,12 @@ def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
     return "sft_data" in stages and not sft_data.given(ctx)
 
 
-def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
-    """Everything that can be refused without the outputs of stages still to run."""
+def check_settings(ctx: Context, stages: tuple[str, ...]) -> None:
+    """Everything that can be refused by looking at the settings alone.
+
+    Raises:
+      UserError: one line that says what is wrong.
+    """
     lopd_config.validate(ctx.config, stages)
     for which in ("teacher", "student"):
         if which == "teacher" and not _uses_teacher(ctx, stages):
@@ -133,8 +137,12 @@ def _check_before_work(ctx: Context, stages: tuple[str, ...]) -> None:
         raise UserError(
             f"runtime.rows_per_micro={rows} must be a multiple of data × fsdp = {split}"
         )
+
+
+def _check_artefacts(ctx: Context, stages: tuple[str, ...]) -> None:
+    """Refuses what is there and was made from other settings, and what is needed and not there."""
     for name, stage in STAGES.items():
-        artefact = Artefact(ctx.place(name) if name in stages else ctx.workdir / name)
+        artefact = Artefact(ctx.place(name) if name in stages else ctx.home(name))
         if ctx.given(name):
             open_complete(ctx.given(name), f"the {name} artefact given in the settings")
         elif ctx.external(name):
@@ -191,7 +199,8 @@ def run(
             f"--worker splits {', '.join(WORKER_STAGES)} only: say which with --stages, once what "
             "they need is there"
         )
-    _check_before_work(ctx, stages)
+    check_settings(ctx, stages)
+    _check_artefacts(ctx, stages)
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     for number, name in enumerate(ordered, start=1):
@@ -200,7 +209,7 @@ def run(
         if ctx.given(name):
             _say(f"{title}: given, {ctx.given(name)}")
             continue
-        _run_stage(ctx, name, title)
+        run_stage(ctx, name, title)
     if parallel.is_main():
         _print_summary(ctx, ordered)
         page = report.write_after_run(ctx.workdir)
@@ -208,10 +217,21 @@ def run(
             print(f"report: {page}")
 
 
-def _run_stage(ctx: Context, name: str, title: str) -> None:
-    stage, arguments = (adopt, (name,)) if ctx.external(name) else (STAGES[name], ())
-    artefact = Artefact(ctx.workdir / name if ctx.external(name) else ctx.place(name))
-    settings, inputs = stage.settings(ctx, *arguments), stage.inputs(ctx, *arguments)
+def identify(ctx: Context, name: str) -> tuple[dict, dict]:
+    """The settings and the inputs that a stage's artefact is made from: all that it depends on.
+
+    Raises:
+      UserError: if an artefact that it reads is missing or does not fit.
+    """
+    if ctx.external(name):
+        return adopt.settings(ctx, name), adopt.inputs(ctx, name)
+    return STAGES[name].settings(ctx), STAGES[name].inputs(ctx)
+
+
+def run_stage(ctx: Context, name: str, title: str) -> None:
+    """Runs or continues one stage, or skips it if its artefact is complete."""
+    artefact = Artefact(ctx.home(name) if ctx.external(name) else ctx.place(name))
+    settings, inputs = identify(ctx, name)
     artefact.check("settings", settings)
     artefact.check("inputs", inputs)
     if artefact.complete:
@@ -222,7 +242,8 @@ def _run_stage(ctx: Context, name: str, title: str) -> None:
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
     before = artefact.manifest["seconds"]
-    outputs = stage.run(ctx, artefact, *arguments)
+    external = ctx.external(name)
+    outputs = adopt.run(ctx, artefact, name) if external else STAGES[name].run(ctx, artefact)
     artefact.manifest["seconds"] = before + time.perf_counter() - start
     artefact.finish(outputs)
 

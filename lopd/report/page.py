@@ -190,10 +190,10 @@ def _script_json(data: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "").replace("\u2029", ""))
 
 
-def _environment() -> jinja2.Environment:
+def environment(folder: epath.Path) -> jinja2.Environment:
     """Templates in which everything from data is escaped, and nothing may be missing."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (_HERE / name).read_text()),
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -245,7 +245,7 @@ def render(runs: Sequence[Run]) -> str:
         "plots": [plot.hover for plot in plots],
     }
     return (
-        _environment()
+        environment(_HERE)
         .get_template("page.html.j2")
         .render(
             css=Markup((_HERE / "page.css").read_text()),

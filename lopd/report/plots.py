@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 # Matplotlib wants colours, the page wants variables that follow its theme: each variable has a
 # stand-in that occurs nowhere else, and is put in its place in the finished SVG.
-_STAND_INS = {"ink": "#00aa01", "muted": "#00aa02", "grid": "#00aa03"} | {
+STAND_INS = {"ink": "#00aa01", "muted": "#00aa02", "grid": "#00aa03"} | {
     f"series-{i}": f"#00bb0{i}" for i in range(1, 7)
 }
 SERIES = 6
@@ -28,21 +28,21 @@ _WIDTH, _HEIGHT = 360, 220  # CSS pixels at the size that plots are usually show
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 30, 36
 _HOVER_POINTS = 240  # of one series; a plot is not wider than that by much
 
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lopd",  # the same data gives the same bytes
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.edgecolor": _STAND_INS["muted"],
+    "axes.edgecolor": STAND_INS["muted"],
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _STAND_INS["grid"],
+    "grid.color": STAND_INS["grid"],
     "grid.linewidth": 0.8,
-    "xtick.color": _STAND_INS["muted"],
-    "ytick.color": _STAND_INS["muted"],
+    "xtick.color": STAND_INS["muted"],
+    "ytick.color": STAND_INS["muted"],
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
@@ -112,7 +112,7 @@ def _small_tick(value: float, _position=None) -> str:
     return text.replace(".0e", "e").replace("e-0", "e-").replace("-", "−")
 
 
-def _svg(figure: Figure, key: str, label: str) -> Markup:
+def to_svg(figure: Figure, key: str, label: str) -> Markup:
     """The figure as an <svg> element, themed, with ids that no other plot of the page has."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -121,7 +121,7 @@ def _svg(figure: Figure, key: str, label: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r"font: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", text)
-    for name, colour in _STAND_INS.items():
+    for name, colour in STAND_INS.items():
         text = text.replace(colour, f"var(--{name})")
     text = re.sub(r'id="|xlink:href="#|url\(#', lambda m: f"{m[0]}{key}-", text)
     text = text.replace("xlink:href", "href")
@@ -137,7 +137,7 @@ def _svg(figure: Figure, key: str, label: str) -> Markup:
 
 
 def _draw(axes: Axes, series: Series) -> None:
-    colour = _STAND_INS[f"series-{series.colour}"]
+    colour = STAND_INS[f"series-{series.colour}"]
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
     if series.band is not None and series.kind == "curve":
         low, high = (smoothed(np.asarray(side, float)) for side in series.band)
@@ -193,7 +193,7 @@ def _finish_axes(axes: Axes, zero: bool, log: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(_small_tick if small else _tick))
     axes.yaxis.set_minor_locator(NullLocator())
     if zero and low <= 0 <= high:
-        axes.axhline(0, color=_STAND_INS["muted"], linewidth=0.8)
+        axes.axhline(0, color=STAND_INS["muted"], linewidth=0.8)
 
 
 def line_plot(
@@ -227,7 +227,7 @@ def line_plot(
     if log is None:
         log = 0 < positive.size == values.size and bool(positive.max() / positive.min() > 100)
     log = log and positive.size > 0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((_WIDTH / 72, _HEIGHT / 72), dpi=72)
         axes = figure.add_axes(
             (_LEFT / _WIDTH, _BOTTOM / _HEIGHT, (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
@@ -241,12 +241,12 @@ def line_plot(
         elif from_zero:
             axes.set_ylim(0, 1.25 * max(np.nanmax(smoothed(np.asarray(s.y))) for s in series))
         _finish_axes(axes, zero, log)
-        ink = {"color": _STAND_INS["muted"], "fontsize": 11}
+        ink = {"color": STAND_INS["muted"], "fontsize": 11}
         axes.set_xlabel(x_label, loc="right", labelpad=3, **ink)
         figure.text(2 / _WIDTH, 1 - 6 / _HEIGHT, y_label + (", log scale" if log else ""),
                     va="top", **ink)  # fmt: skip
         hover = _hover(axes, series, title, x_label, unit, log)
-        svg = _svg(figure, key, f"{title}: {y_label} over {x_label}")
+        svg = to_svg(figure, key, f"{title}: {y_label} over {x_label}")
     # Dots need no entry beside their curve: the page says what dots are.
     curves = [one for one in series if one.kind != "points"] or series
     legend = [(one.label, one.colour, one.kind) for one in curves if one.label]
@@ -268,13 +268,13 @@ def interval_plot(key: str, title: str, rows: Sequence[str], series: Sequence[di
     width, left = _INTERVAL_WIDTH, _INTERVAL_LEFT
     row_height = 12 + _GAP * len(series)
     height = 44 + len(rows) * row_height
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((width / 72, height / 72), dpi=72)
         axes = figure.add_axes(
             (left / width, 36 / height, (width - left - 12) / width, (height - 40) / height)
         )
         for number, one in enumerate(series):
-            colour = _STAND_INS[f"series-{one['colour']}"]
+            colour = STAND_INS[f"series-{one['colour']}"]
             shift = (number - (len(series) - 1) / 2) * _GAP / row_height
             for y, row in enumerate(rows):
                 if row in one["points"]:
@@ -285,9 +285,9 @@ def interval_plot(key: str, title: str, rows: Sequence[str], series: Sequence[di
         axes.set_xlim(-1, 101)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), rows)
-        axes.tick_params(axis="y", labelcolor=_STAND_INS["ink"], labelsize=11.5)
+        axes.tick_params(axis="y", labelcolor=STAND_INS["ink"], labelsize=11.5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("accuracy, %", loc="right", labelpad=3, color=_STAND_INS["muted"])
-        svg = _svg(figure, key, f"{title}: accuracy in % with 95 % intervals")
+        axes.set_xlabel("accuracy, %", loc="right", labelpad=3, color=STAND_INS["muted"])
+        svg = to_svg(figure, key, f"{title}: accuracy in % with 95 % intervals")
     legend = [(one["label"], one["colour"], "points") for one in series]
     return Plot(title, svg, None, legend if len(legend) > 1 else [])

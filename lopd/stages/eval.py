@@ -26,9 +26,15 @@ def settings(ctx: Context) -> dict:
 
 
 def inputs(ctx: Context) -> dict:
-    """The models that are there. A base student is known by its checkpoint, or seed and shape."""
-    found = {name: ctx.input(name).outputs["fingerprint"] for name in MODELS if ctx.exists(name)}
-    if ctx.config.student.checkpoint or not ctx.external("sft"):
+    """The models to evaluate. A base student is known by its checkpoint, or seed and shape."""
+    chosen = ctx.config.eval.models
+    found = {
+        name: ctx.input(name).outputs["fingerprint"]
+        for name in MODELS
+        if name != "base" and (name in chosen or (not chosen and ctx.exists(name)))
+    }
+    base_is_known = ctx.config.student.checkpoint or not ctx.external("sft")
+    if "base" in chosen or (not chosen and base_is_known):
         found["base"] = ctx.config.student.checkpoint or "random weights"
     return {name: found[name] for name in MODELS if name in found}
 

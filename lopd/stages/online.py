@@ -18,8 +18,8 @@ from lopd.context import Context
 from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
 from lopd.errors import UserError
 from lopd.models import qwen3
-from lopd.sampling.engine import Request
 from lopd.objectives import make_objective
+from lopd.sampling.engine import Request
 from lopd.stages import common, opd, precompute, rollouts
 
 

@@ -45,7 +45,7 @@ def fine_tune(
 ) -> dict:
     """SFT from `params`; `teacher` in the outputs says whose answers it learnt from."""
     data = ctx.input("sft_data")
-    batches = common.make_batches(ctx, Records(data), recipe, artefact.path.name)
+    batches = common.make_batches(ctx, Records(data), recipe, artefact.manifest["stage"])
     outputs = common.train_into(
         ctx,
         artefact,

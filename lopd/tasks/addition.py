@@ -30,6 +30,13 @@ SPLITS = {
     "test": (0.95, 1.0),
 }
 _SPLIT_SEED = 20260413  # fixed for ever: a problem never changes its split
+
+STYLES = {
+    "columns": ("{a}+{b}={total}", "{a}+{b}+1={total}"),
+    "swapped": ("{b}+{a}={total}", "1+{b}+{a}={total}"),
+}
+"""How a worked answer writes a column, without and with a carry: teachers of equal skill may differ
+in it. The result that follows is the same text, so one grader serves all."""
 _ANSWER = re.compile(r"so (\d+)\.$")
 
 
@@ -43,12 +50,12 @@ class Problem:
     answer: str
 
 
-def _worked_solution(left: int, right: int, digits: int) -> str:
+def _worked_solution(left: int, right: int, digits: int, style: str) -> str:
     columns, carry = [], 0
     for place in range(digits):
         a, b = left // 10**place % 10, right // 10**place % 10
         total = a + b + carry
-        columns.append(f"{a}+{b}{'+1' if carry else ''}={total}")
+        columns.append(STYLES[style][carry].format(a=a, b=b, total=total))
         carry = total // 10
     return f"{', '.join(columns)}, so {left + right}."
 
@@ -66,13 +73,13 @@ class Addition:
         self._count = 9 * self._low
         self._permutation = np.random.default_rng(_SPLIT_SEED).permutation(self._count**2)
 
-    def problem(self, problem_id: int) -> Problem:
+    def problem(self, problem_id: int, style: str = "columns") -> Problem:
         """The problem with this number, 0 <= problem_id < (9 · 10^(digits−1))²."""
         left, right = (int(x) + self._low for x in divmod(problem_id, self._count))
         return Problem(
             problem_id=problem_id,
             prompt=f"What is {left}+{right}?\n",
-            solution=_worked_solution(left, right, self.digits),
+            solution=_worked_solution(left, right, self.digits, style),
             answer=str(left + right),
         )
 

@@ -1,0 +1,192 @@
+"""What a study consists of, and the settings that each of its runs has."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from lopd.errors import UserError
+
+AFTER = {
+    "teacher": (),
+    "sft": (),
+    "control": ("sft_data", "control"),
+    "opd": ("precompute", "heldout", "opd"),
+    "online": ("heldout", "online"),
+}
+"""By what an arm evaluates: the stages that lead from π_ref to it."""
+
+_BEFORE = ("seed", "teacher", "student", "sft", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train a student, to be run with every seed.
+
+    An arm starts at π_ref, which all arms with the same `sft_teacher` share: `overrides` say how it
+    goes on from there, and so cannot touch the settings of what lies before.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings by dotted key."""
+    student: str = "opd"
+    """The stage that trains what is evaluated, one of `AFTER`."""
+    teacher: str = "a"
+    """The teacher that scores, by its name in the study."""
+    sft_teacher: str = ""
+    """The teacher that wrote the SFT data; by default the same."""
+
+    @property
+    def writer(self) -> str:
+        """The teacher that wrote the SFT data."""
+        return self.sft_teacher or self.teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One table of the results and its figure."""
+
+    name: str
+    title: str
+    text: str = ""
+    """What is shown, in a sentence or two."""
+    arms: Sequence[str] = ()
+    """Rows of accuracies."""
+    pairs: Sequence[tuple[str, str]] = ()
+    """(a, b): rows of paired differences a − b."""
+    figure: str = "bars"
+    """"bars" or "cost" of the arms, "grid" of four of them, or "pairs": the differences."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A grid of arms × seeds.
+
+    Teachers are trained once, with a seed of their own, and shared by all seeds: those vary
+    prompts, the student's initial weights, responses and order. Intervals over seeds say nothing
+    about other teachers.
+    """
+
+    base: ml_collections.ConfigDict
+    seeds: Sequence[int]
+    teachers: Mapping[str, Mapping[str, Any]]
+    """Name → settings by dotted key."""
+    arms: Sequence[Arm]
+    sections: Sequence[Section]
+    teacher_seed: int = 0
+
+    def arm(self, name: str) -> Arm:
+        """The arm with this name.
+
+        Raises:
+          UserError: if there is none.
+        """
+        found = {arm.name: arm for arm in self.arms}
+        if name not in found:
+            raise UserError(f"no arm is called {name!r}; there are {', '.join(found)}")
+        return found[name]
+
+    def teacher_config(self, name: str) -> ml_collections.ConfigDict:
+        """The settings that a teacher is made with.
+
+        Raises:
+          UserError: for an unknown teacher, or a setting that there is not.
+        """
+        if name not in self.teachers:
+            raise UserError(f"no teacher is called {name!r}; there are {', '.join(self.teachers)}")
+        changes = {**self.teachers[name], "seed": self.teacher_seed}
+        return changed(self.base, changes, f"teacher {name!r}")
+
+    def start_config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
+        """The settings of an arm up to π_ref."""
+        return changed(self.teacher_config(arm.writer), {"seed": seed}, f"arm {arm.name!r}")
+
+    def after_config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
+        """The settings of an arm from π_ref on.
+
+        Raises:
+          UserError: for a setting that there is not, or one that an arm may not have.
+        """
+        what = f"arm {arm.name!r}"
+        for key in arm.overrides:
+            if key.partition(".")[0] in _BEFORE:
+                raise UserError(
+                    f"{what}: {key} is settled before the arms part; change it in the base "
+                    "settings, or give the arm a teacher with it"
+                )
+        config = changed(self.teacher_config(arm.teacher), arm.overrides, what)
+        inconsistent = arm.writer != arm.teacher
+        return changed(
+            config,
+            {
+                "seed": seed,
+                "eval.models": (arm.student,),
+                "precompute.allow_inconsistent_teacher": inconsistent,
+            },
+            what,
+        )
+
+    def check(self, names: Sequence[str] = ()) -> list[Arm]:
+        """The arms that are named (all, if none is), each with settings that can be made.
+
+        Raises:
+          UserError: one line that says what is wrong with the study or the names.
+        """
+        all_names = [arm.name for arm in self.arms]
+        for name in all_names:
+            if all_names.count(name) > 1:
+                raise UserError(f"two arms are called {name!r}")
+        for section in self.sections:
+            for name in (*section.arms, *(name for pair in section.pairs for name in pair)):
+                self.arm(name)
+        arms = [self.arm(name) for name in names] or list(self.arms)
+        for arm in arms:
+            if arm.student not in AFTER:
+                raise UserError(
+                    f"arm {arm.name!r}: student={arm.student!r} must be one of {', '.join(AFTER)}"
+                )
+            self.start_config(arm, self.seeds[0])
+            self.after_config(arm, self.seeds[0])
+        return arms
+
+
+def changed(
+    base: ml_collections.ConfigDict, changes: Mapping[str, Any], what: str
+) -> ml_collections.ConfigDict:
+    """A copy of settings with some of them changed, by dotted key.
+
+    Raises:
+      UserError: naming `what` and the setting, if there is none of that name and type.
+    """
+    config = ml_collections.ConfigDict(base.copy_and_resolve_references()).lock()
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        try:
+            target = config
+            for section in sections:
+                target = target[section]
+            target[name]  # an unknown one raises
+            target[name] = value
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"{what}: there is no setting {key}") from error
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{what}: {key}={value!r} cannot be set: {reason}") from error
+    return config
+
+
+def load(path: str, base: ml_collections.ConfigDict) -> Study:
+    """The study of a file: its `get_study(base)`, with settings that may have been changed.
+
+    Raises:
+      UserError: if the file defines no study.
+    """
+    spec = importlib.util.spec_from_file_location("lopd_study_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_study"):
+        raise UserError(f"--config={path} has no get_study(config), so it is no study")
+    return module.get_study(base)

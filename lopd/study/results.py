@@ -1,0 +1,89 @@
+"""What is kept of every run of a study: plain numbers, for results.json and all tables."""
+
+import json
+import math
+from collections.abc import Sequence
+
+from etils import epath
+
+from lopd.artefact import Artefact
+from lopd.study.design import Arm, Study
+from lopd.study.run import finished
+from lopd.study.store import Store
+
+_LAST_STEPS = 10
+_AFTER_SFT = ("precompute", "opd", "online", "control")
+"""Stages whose costs are those of an arm; the drift panel's rollouts are not."""
+
+
+def _rows(path: epath.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _short(value):
+    """Numbers with five digits, which is more than any of them is good for."""
+    if isinstance(value, dict):
+        return {name: _short(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_short(x) for x in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def _final(rows: list[dict]) -> dict:
+    """The mean of each metric over the last steps."""
+    last = rows[-_LAST_STEPS:]
+    numbers = [name for name, x in last[-1].items() if isinstance(x, float)]
+    means = {}
+    for name in numbers:
+        values = [row[name] for row in last if row.get(name) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return {"step": last[-1]["step"], **means}
+
+
+def _training(artefact: Artefact) -> dict:
+    """How training ended: metrics of the training responses, and drift on the held-out ones."""
+    found = {}
+    rows, drift = (_rows(artefact.path / f"{name}.jsonl") for name in ("metrics", "drift"))
+    if rows:
+        found["final"] = _final(rows)
+    if drift and drift[-1].get("heldout"):
+        found["heldout"] = {"step": drift[-1]["step"], **drift[-1]["heldout"]}
+    return found
+
+
+def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
+    """The numbers of one arm with one seed."""
+    summary = json.loads((artefacts["eval"].path / "summary.json").read_text())
+    tests = summary["models"][arm.student]
+    trained = arm.student in artefacts and arm.student != "teacher"
+    result = {
+        "arm": arm.name,
+        "seed": seed,
+        "split": summary["split"],
+        "accuracy": {
+            name: {key: test[key] for key in ("accuracy", "n", "finished", "mean_response_tokens")}
+            for name, test in tests.items()
+        },
+        **(_training(artefacts[arm.student]) if trained else {}),
+        "seconds": {name: artefact.manifest["seconds"] for name, artefact in artefacts.items()},
+        "costs": {
+            name: artefacts[name].outputs["costs"]
+            for name in _AFTER_SFT
+            if name in artefacts and "costs" in artefacts[name].outputs
+        },
+        "artefacts": {name: artefact.path.name for name, artefact in artefacts.items()},
+    }
+    return _short(result)
+
+
+def collect(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -> list[dict]:
+    """The results of every run that is complete."""
+    found = []
+    for arm in arms:
+        for seed in seeds:
+            artefacts = finished(study, store, arm, seed)
+            if artefacts:
+                found.append(run_result(arm, seed, artefacts))
+    return found
