@@ -49,7 +49,10 @@ setup(
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
         "test": [
+            "ipykernel",
             "math-verify",
+            "nbclient",
+            "nbconvert",
             "pytest",
             "pytest-xdist",
             "ruff",

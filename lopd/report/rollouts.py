@@ -16,8 +16,13 @@ ROLLOUTS = 64
 """How many."""
 
 
-def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as people read it; a special one, which decodes to nothing, by its name."""
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as people read it; a special one, which decodes to nothing, by its name.
+
+    A model may sample a row of its embedding that no token belongs to: that is <its number>.
+    """
+    if token >= tokenizer.vocab_size:
+        return f"<{token}>"
     piece = tokenizer.tokens[token]
     if "▁" in piece:  # SentencePiece's space, which decoding drops at the start of a text
         return piece.replace("▁", " ")
@@ -41,7 +46,7 @@ def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
     )
 
     def texts(tokens: np.ndarray) -> list[str]:
-        return [_token_text(ctx.tokenizer, int(token)) for token in tokens]
+        return [token_text(ctx.tokenizer, int(token)) for token in tokens]
 
     def numbers(values: np.ndarray) -> list[float]:
         return np.round(values.astype(np.float64), 4).tolist()
