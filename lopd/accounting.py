@@ -2,7 +2,8 @@
 
 Costs are {kind: {"seconds", "tokens", "flops"}}, the kinds "sampling", "scoring" and "training",
 and stand in a stage's outputs. Seconds are wall time with compilation; of a run that was killed,
-what is in the result counts, and not what had to be done again. Tokens are those of responses.
+what is in the result counts, and not what had to be done again. Tokens are those of responses,
+once for each model that scores them.
 FLOPs are the formula's (`lopd.training.utilisation`), prompts included.
 """
 
@@ -29,7 +30,7 @@ def forward(models: Sequence[Qwen3Config], records: Sequence[Mapping], seconds: 
     """
     lengths = np.array([sequence_length(r) for r in records], np.float64)
     positions, squared = float(lengths.sum()), float(np.square(lengths).sum())
-    tokens = sum(len(r["response_tokens"]) for r in records)
+    tokens = len(models) * sum(len(r["response_tokens"]) for r in records)
     flops = sum(training_flops(model, positions, squared) / 3 for model in models)
     return dict(zip(_UNITS, (seconds, tokens, flops), strict=True))
 
