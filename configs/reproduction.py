@@ -32,7 +32,7 @@ def get_config():
     config.precompute.prompts = 3840  # two passes
     for stage in (config.opd, config.control):
         stage.update(
-            steps=120, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=10
+            steps=120, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup_steps=10
         )
     config.eval.prompts = 500
     config.metrics.tensorboard = False

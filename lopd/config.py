@@ -327,11 +327,13 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
     _check_given_responses(config)
     check_settings(config.opd)
     _check_refresh(config.opd)
-    _require(
-        "online" not in stages or not config.opd.residual_folds,
-        f"opd.residual_folds={config.opd.residual_folds} needs a cache, which online OPD has not: "
-        "it must be 0",
-    )
+    if "online" in stages:
+        for key, off in (("residual_folds", 0), ("extrapolation", 1.0)):
+            _require(
+                config.opd[key] == off,
+                f"opd.{key}={config.opd[key]} needs a cache by π_ref, which online OPD has not: "
+                f"it must be {off}",
+            )
     _require(
         config.teacher.style in STYLES,
         f"teacher.style={config.teacher.style!r} must be one of {', '.join(STYLES)}",

@@ -9,9 +9,11 @@ from tiny_run import interrupt, run, tiny_config, use_one_device
 
 from lopd import parallel, pipeline
 from lopd.artefact import Artefact
+from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.data.batches import micro_batches, put_batch, step_batches
 from lopd.errors import UserError
+from lopd.objectives import make_objective
 from lopd.scoring import score_responses
 from lopd.stages import common, online, opd
 from lopd.training.step import batch_gradients
@@ -67,7 +69,7 @@ def test_a_step_reads_the_prompts_of_the_offline_step(batches, models):
     """In the order of a cache that holds request i as its record i; also past the first pass."""
     ctx, source, params = batches
     cache = run(models, ctx.workdir, "precompute", **SMALL)
-    offline = common.make_batches(ctx, opd.Records(cache), ctx.config.opd, "opd", opd.FIELDS)
+    offline = common.make_batches(ctx, Records(cache), ctx.config.opd, "opd")
     for step in range(4):  # 20 prompts are two and a half batches
         assert ids(vars(r) for r in source.requests(step)) == ids(offline.records(step))
     assert ids(source.rollouts(3, params)[0]) == ids(offline.records(3))
@@ -97,10 +99,10 @@ def test_rollouts_are_drawn_afresh_at_every_step_and_scored(batches, models):
 def test_first_gradient_is_the_offline_one(batches):
     """The rollouts of step 1 as a cache: the same loss and gradient, bit for bit."""
     ctx, source, params = batches
-    model, objective = ctx.model("student"), opd.make_objective(ctx)
+    model, objective = ctx.model("student"), make_objective(ctx.config.opd)
     local, _ = source.reader(0, 1)(0, params)
     cache = source.records(0)
-    rows = common.batch_rows(ctx, ctx.config.opd, opd.FIELDS)
+    rows = common.batch_rows(ctx, ctx.config.opd, **opd.batch_contents(ctx, 0, ""))
     offline = step_batches(cache, seed=0, batch_size=len(cache), **rows)
     step = offline.indices[0]
     assert sorted(step) == [*range(8)] and list(step) != sorted(step)  # shuffled: put it back
