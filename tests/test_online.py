@@ -100,7 +100,7 @@ def test_first_gradient_is_the_offline_one(batches):
     """The rollouts of step 1 as a cache: the same loss and gradient, bit for bit."""
     ctx, source, params = batches
     model, objective = ctx.model("student"), make_objective(ctx.config.opd)
-    local, _ = source.reader(0, 1)(0, params)
+    local, _ = source.reader(0, 1, lambda batch: batch)(0, params)
     cache = source.records(0)
     rows = common.batch_rows(ctx, ctx.config.opd, **opd.batch_contents(ctx, 0, ""))
     offline = step_batches(cache, seed=0, batch_size=len(cache), **rows)

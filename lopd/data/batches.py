@@ -181,14 +181,16 @@ class StepBatches:
         lengths = self.lengths[indices]
         return _micro_batches(lengths, lambda i: self.source[int(indices[i])], **self.layout)
 
-    def iterate(self, start: int, stop: int) -> Iterator[Arrays]:
-        """The batches of steps start … stop − 1, prepared ahead in a thread of their own."""
+    def iterate(
+        self, start: int, stop: int, put: Callable[[Arrays], Any] = lambda batch: batch
+    ) -> Iterator[Any]:
+        """The batches of steps start … stop − 1, made and `put` ahead in a thread of their own."""
         # grain's to_iter_dataset takes 25 ms per batch for this, and seconds to start.
         pool = concurrent.futures.ThreadPoolExecutor(1)
         try:
             ahead = collections.deque()
             for step in range(start, stop):
-                ahead.append(pool.submit(self.__getitem__, step))
+                ahead.append(pool.submit(lambda step=step: put(self[step])))
                 if len(ahead) > _AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -196,12 +198,15 @@ class StepBatches:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def reader(self, start: int, stop: int) -> Callable[[int, Any], tuple[Arrays, dict]]:
+    def reader(
+        self, start: int, stop: int, put: Callable[[Arrays], Any]
+    ) -> Callable[[int, Any], tuple[Any, dict]]:
         """What the training loop calls with each of the steps start … stop − 1 and its parameters.
 
-        It gives the step's batch, and what is to be noted of how it was made: here nothing.
+        It gives the step's batch, `put` on the devices, and what is to be noted of how it was made:
+        here nothing.
         """
-        ahead = self.iterate(start, stop)
+        ahead = self.iterate(start, stop, put)
         return lambda step, params: (next(ahead), {})
 
     def records(self, step: int) -> list[dict]:

@@ -8,6 +8,8 @@ prompts.
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -99,13 +101,13 @@ class OnlineBatches:
             "scoring": accounting.forward([ctx.model("teacher")], records, scored - sampled),
         }
 
-    def reader(self, start: int, stop: int):
+    def reader(self, start: int, stop: int, put: Callable[[Arrays], Any]):
         """See `lopd.training.loop.Batches`."""
 
-        def read(step: int, params: qwen3.Params) -> tuple[Arrays, dict[str, float]]:
+        def read(step: int, params: qwen3.Params) -> tuple[Any, dict[str, float]]:
             records, costs = self.rollouts(step, params)
             self._read = step, records
-            return micro_batches(records, **self.layout), accounting.as_columns(costs)
+            return put(micro_batches(records, **self.layout)), accounting.as_columns(costs)
 
         return read
 

@@ -5,11 +5,12 @@ into DIR. Any setting that all arms share can be changed with `--config.section.
 codes as those of `lopd.main`.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -28,16 +29,27 @@ PROCESSES = flags.DEFINE_integer(
 
 def _child(number: int, seeds: Sequence[int]) -> subprocess.Popen:
     """One of several processes: a part of the cores, and seeds of its own first."""
-    cores = sorted(os.sched_getaffinity(0))[number :: PROCESSES.value]
     own = [*seeds[number :: PROCESSES.value]]
     order = ",".join(map(str, own + [seed for seed in seeds if seed not in own]))
     given = [a for a in sys.argv[1:] if not a.lstrip("-").startswith(("processes", "seeds"))]
-    with open(os.path.join(WORKDIR.value, f"process-{number}.log"), "w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lopd.study", *given, f"--seeds={order}"],
-            stderr=stderr,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores) if cores else None,
-        )
+    log = os.path.join(WORKDIR.value, f"process-{number}.log")
+    with open(log, "w") as stderr, _on_cores(number):
+        command = [sys.executable, "-m", "lopd.study", *given, f"--seeds={order}"]
+        return subprocess.Popen(command, stderr=stderr)
+
+
+@contextlib.contextmanager
+def _on_cores(number: int) -> Iterator[None]:
+    """What is started here keeps to a share of the cores, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    all_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(all_cores)[number :: PROCESSES.value] or all_cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_cores)
 
 
 def _run_processes(seeds: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: feeds the step, keeps one step in flight, logs, saves and stops cleanly."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lopd import parallel, shutdown
 from lopd.artefact import Artefact
 from lopd.data.batches import Arrays, put_batch
 from lopd.models import qwen3
-from lopd.objectives import Objective
+from lopd.objectives import Batch, Objective
 from lopd.progress import MetricsFile, bar, metrics_writers
 from lopd.training import checkpoints, failure
 from lopd.training.diagnostics import Drift, panel_row, scalars
@@ -42,11 +43,11 @@ class Batches(Protocol):
     while earlier steps run."""
 
     def reader(
-        self, start: int, stop: int
-    ) -> Callable[[int, qwen3.Params], tuple[Arrays, dict[str, float]]]:
+        self, start: int, stop: int, put: Callable[[Arrays], Batch]
+    ) -> Callable[[int, qwen3.Params], tuple[Batch, dict[str, float]]]:
         """To be called with each of the steps start … stop − 1, from 0, and the parameters before.
 
-        It gives this process's part of the batch, and columns for the step's row.
+        It gives this process's part of the batch, after `put`, and columns for the step's row.
         """
 
     def records(self, step: int) -> list[dict]:
@@ -314,7 +315,10 @@ class _Loop:
 
     def _run(self, start: int, last: int) -> bool:
         """Steps start + 1 … last, or until a round is due; true if it was asked to stop."""
-        next_batch, in_flight, stopped = self.batches.reader(start, last), None, False
+        put = functools.partial(
+            put_batch, mesh=self.mesh, rows_per_micro=self.runtime.rows_per_micro
+        )
+        next_batch, in_flight, stopped = self.batches.reader(start, last, put), None, False
         self.log.start_clock()
         for step in range(start + 1, last + 1):
             if stopped := self.stop.agreed():
@@ -323,8 +327,7 @@ class _Loop:
                 self.log.read(in_flight)  # it is waited for anyway
                 in_flight = None
             clock = time.perf_counter()
-            local, columns = next_batch(step - 1, self.state.params)
-            batch = put_batch(local, self.mesh, self.runtime.rows_per_micro)
+            batch, columns = next_batch(step - 1, self.state.params)
             waited = time.perf_counter() - clock
             self.profile.before(step)
             look = None
