@@ -57,7 +57,8 @@ def model_shape(config: ml_collections.ConfigDict, which: str) -> Qwen3Config:
 
 
 def _training(config, stage: str, responses: str, rows: int) -> Program:
-    recipe, which = config[stage], "teacher" if stage == "teacher" else "student"
+    recipe = config["opd" if stage == "online" else stage]
+    which = "teacher" if stage == "teacher" else "student"
     model = model_shape(config, which)
     longest = min(recipe.row_length, config.prompt_length + config[responses].response_length - 1)
     per_row = recipe.row_length // longest
@@ -65,7 +66,7 @@ def _training(config, stage: str, responses: str, rows: int) -> Program:
     micro_batches = -(-recipe.batch_size // rows)
     shape = dict(rows=rows, row_length=recipe.row_length, remat=config.runtime.remat)
     objective, fields = cross_entropy(), ()
-    if stage == "opd":
+    if stage in ("opd", "online"):
         objective = make_objective(recipe)
         fields = token_fields(recipe, config.precompute.teacher_top_k)
     return Program(
@@ -90,20 +91,23 @@ def _training(config, stage: str, responses: str, rows: int) -> Program:
 
 def _responses(config, stage: str) -> int:
     """How many a stage samples; where the settings say "all", as many as are trained on."""
-    section = config[stage]
     trained = config.sft if stage == "sft_data" else config.opd
-    return (section.prompts or trained.steps * trained.batch_size) * section.samples
+    all_trained = trained.steps * trained.batch_size
+    if stage == "online":
+        return all_trained
+    section = config[stage]
+    return (section.prompts or all_trained) * section.samples
 
 
-def _scoring(config, which: str, rows: int) -> Program:
+def _scoring(config, stage: str, which: str, rows: int) -> Program:
     model, section = model_shape(config, which), config.precompute
     longest = config.prompt_length + section.response_length - 1
-    used_rows = _responses(config, "precompute") / (section.row_length // longest)
+    used_rows = _responses(config, stage) / (section.row_length // longest)
     shape = dict(rows=rows, row_length=section.row_length)
     # The student is held as it is trained.
     dtype = model.dtype if which == "teacher" else "float32"
     return Program(
-        stage="precompute",
+        stage=stage,
         name=f"scoring by {'the teacher' if which == 'teacher' else 'π_ref'}",
         model=model,
         calls=used_rows / rows,
@@ -120,10 +124,13 @@ def _scoring(config, which: str, rows: int) -> Program:
 
 
 def _sampling(config, stage: str, which: str) -> list[Program]:
-    model, section, runtime = model_shape(config, which), config[stage], config.runtime
+    model, runtime = model_shape(config, which), config.runtime
+    section = config["precompute" if stage == "online" else stage]
     responses = _responses(config, stage)
     capacity = config.prompt_length + section.response_length
-    slots = dict(slots=runtime.slots or DEFAULT_SLOTS, capacity=capacity)
+    # Online, a step's responses are all there are to decode until the longest of them has ended.
+    count = config.opd.batch_size if stage == "online" else runtime.slots or DEFAULT_SLOTS
+    slots = dict(slots=count, capacity=capacity)
     length = prompt_bucket(config.prompt_length, capacity)
     return [
         Program(
@@ -170,10 +177,15 @@ def list_programs(
         "sft": lambda: [_training(config, "sft", "sft_data", rows)],
         "precompute": lambda: [
             *_sampling(config, "precompute", "student"),
-            _scoring(config, "teacher", rows),
-            _scoring(config, "student", rows),
+            _scoring(config, "precompute", "teacher", rows),
+            _scoring(config, "precompute", "student", rows),
         ],
         "opd": lambda: [_training(config, "opd", "precompute", rows)],
+        "online": lambda: [
+            *_sampling(config, "online", "student"),
+            _scoring(config, "online", "teacher", rows),
+            _training(config, "online", "precompute", rows),
+        ],
     }
     given = {
         "sft_data": config.sft.checkpoint or config.sft_data.responses == "given",
