@@ -113,7 +113,8 @@ def _sections(base):
         Section(
             "teachers",
             "The teachers and the students they start",
-            "A writes a column as 5+4+1=10, B as 1+4+5=10; each taught SFT by its own answers.",
+            "A writes a column as 5+4+1=10 and one in four as 1+4+5=10; B does the reverse. Each taught "
+            "SFT by its own answers.",
             arms=("teacher_a", "teacher_b", "sft", "sft_b"),
             pairs=(("teacher_a", "teacher_b"), ("sft", "sft_b")),
         ),
@@ -216,9 +217,9 @@ def get_study(base):
         seeds=SEEDS,
         teacher_seed=20,
         teachers={
-            "a": {},
-            "b": {"teacher.style": "swapped"},
-            "sharp": {"teacher.label_smoothing": 0.0},
+            "a": {"teacher.swapped": 0.25},
+            "b": {"teacher.swapped": 0.75},
+            "sharp": {"teacher.swapped": 0.25, "teacher.label_smoothing": 0.0},
         },
         arms=_arms(base),
         sections=_sections(base),

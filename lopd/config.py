@@ -14,7 +14,6 @@ from ml_collections import config_dict
 from lopd.errors import UserError
 from lopd.models.qwen3 import REMAT_POLICIES
 from lopd.objectives import REDUCTIONS, check_settings
-from lopd.tasks.addition import STYLES
 
 MATH_PROMPT = (
     r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
@@ -105,7 +104,7 @@ def base_config() -> ml_collections.ConfigDict:
                 "checkpoint": "",
                 "model": {},  # shape; by default that of the checkpoint
                 "problems": config_dict.placeholder(int),  # ground-truth worked answers to train on
-                "style": "columns",  # of those answers: see lopd.tasks.addition.STYLES
+                "swapped": 0.0,  # share of their columns written as 1+4+5=10 and not 5+4+1=10
                 "label_smoothing": 0.0,
                 **training_recipe(),
             },
@@ -335,8 +334,8 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
                 f"it must be {off}",
             )
     _require(
-        config.teacher.style in STYLES,
-        f"teacher.style={config.teacher.style!r} must be one of {', '.join(STYLES)}",
+        0 <= config.teacher.swapped <= 1,
+        f"teacher.swapped={config.teacher.swapped} must lie in [0, 1]",
     )
     for name in ("sft_data", "precompute", "heldout", "eval"):
         _check_sampling(name, config[name])

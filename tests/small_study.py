@@ -34,7 +34,7 @@ def get_study(base):
     return Study(
         base=base,
         seeds=(1, 2),
-        teachers={"a": {}, "b": {"teacher.style": "swapped"}},
+        teachers={"a": {}, "b": {"teacher.swapped": 1.0}},
         arms=[
             Arm("sft", student="sft"),
             Arm("lightning"),

@@ -16,14 +16,14 @@ class WorkedAnswers:
 
     def __init__(self, ctx: Context, split: str, count: int):
         self._task, self._tokenizer = ctx.task, ctx.tokenizer
-        self._style = ctx.config.teacher.style
+        self._swapped = ctx.config.teacher.swapped
         self._ids = self._task.split_ids(split, count, ctx.seed(f"{split} problems"))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> dict:
-        problem = self._task.problem(int(self._ids[index]), self._style)
+        problem = self._task.problem(int(self._ids[index]), self._swapped)
         response = [*self._tokenizer.encode(problem.solution), self._tokenizer.end_id]
         return {
             "prompt_id": problem.problem_id,

@@ -7,7 +7,8 @@ from the right, carries in the open, and then reads the digits back from the lef
     7+6=13, 5+4+1=10, 3+8+1=12, so 1203.
 
 A slip in one column, a forgotten carry or a misread digit spoils the result, and each of those is
-one token that a teacher can point at.
+one token that a teacher can point at. A column may be written the other way round, with the carry
+first: 1+4+5=10. Teachers of equal skill may differ in how often they do so.
 """
 
 import dataclasses
@@ -31,12 +32,6 @@ SPLITS = {
 }
 _SPLIT_SEED = 20260413  # fixed for ever: a problem never changes its split
 
-STYLES = {
-    "columns": ("{a}+{b}={total}", "{a}+{b}+1={total}"),
-    "swapped": ("{b}+{a}={total}", "1+{b}+{a}={total}"),
-}
-"""How a worked answer writes a column, without and with a carry: teachers of equal skill may differ
-in it. The result that follows is the same text, so one grader serves all."""
 _ANSWER = re.compile(r"so (\d+)\.$")
 
 
@@ -50,12 +45,13 @@ class Problem:
     answer: str
 
 
-def _worked_solution(left: int, right: int, digits: int, style: str) -> str:
+def _worked_solution(left: int, right: int, swapped: np.ndarray) -> str:
     columns, carry = [], 0
-    for place in range(digits):
+    for place, swap in enumerate(swapped):
         a, b = left // 10**place % 10, right // 10**place % 10
         total = a + b + carry
-        columns.append(STYLES[style][carry].format(a=a, b=b, total=total))
+        terms = [a, b, 1] if carry else [a, b]
+        columns.append(f"{'+'.join(map(str, terms[::-1] if swap else terms))}={total}")
         carry = total // 10
     return f"{', '.join(columns)}, so {left + right}."
 
@@ -73,13 +69,18 @@ class Addition:
         self._count = 9 * self._low
         self._permutation = np.random.default_rng(_SPLIT_SEED).permutation(self._count**2)
 
-    def problem(self, problem_id: int, style: str = "columns") -> Problem:
-        """The problem with this number, 0 <= problem_id < (9 · 10^(digits−1))²."""
+    def problem(self, problem_id: int, swapped: float = 0.0) -> Problem:
+        """The problem with this number, 0 <= problem_id < (9 · 10^(digits−1))².
+
+        `swapped` is the share of columns that its worked answer writes the other way round; which
+        ones is drawn by its number.
+        """
+        swap = np.random.default_rng([_SPLIT_SEED, problem_id]).random(self.digits) < swapped
         left, right = (int(x) + self._low for x in divmod(problem_id, self._count))
         return Problem(
             problem_id=problem_id,
             prompt=f"What is {left}+{right}?\n",
-            solution=_worked_solution(left, right, self.digits, style),
+            solution=_worked_solution(left, right, swap),
             answer=str(left + right),
         )
 
