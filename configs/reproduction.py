@@ -113,8 +113,8 @@ def _sections(base):
         Section(
             "teachers",
             "The teachers and the students they start",
-            "A writes a column as 5+4+1=10 and one in four as 1+4+5=10; B does the reverse. Each taught "
-            "SFT by its own answers.",
+            "A writes three columns of four as 5+4+1=10 and the others as 1+4+5=10, B the reverse; "
+            "each taught SFT by its own answers.",
             arms=("teacher_a", "teacher_b", "sft", "sft_b"),
             pairs=(("teacher_a", "teacher_b"), ("sft", "sft_b")),
         ),

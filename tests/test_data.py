@@ -44,7 +44,7 @@ def test_problem_and_grader():
     # 357 + 846, worked by hand.
     known = task.problem((357 - 100) * 900 + 846 - 100)
     assert known.solution == "7+6=13, 5+4+1=10, 3+8+1=12, so 1203."
-    other = task.problem(known.problem_id, "swapped")
+    other = task.problem(known.problem_id, 1.0)
     assert other.solution == "6+7=13, 1+4+5=10, 1+8+3=12, so 1203."
     assert other.prompt == known.prompt and task.grade(known, other.solution).correct
 
