@@ -44,36 +44,35 @@ def _arms(base):
     """Every arm in a line. "Scale" stands for what the base settings, which may change, say."""
     opd, prompts, steps = base.opd, base.precompute.prompts, base.opd.steps
     fresh = base.sft_data.prompts + prompts
-    inconsistent = {"ab": ("b", "a"), "ba": ("a", "b")}  # scores, wrote the SFT data
     arms = [
-        Arm("teacher_a", student="teacher"),
+        Arm("teacher", student="teacher"),
+        Arm("teacher_a", student="teacher", teacher="a"),
         Arm("teacher_b", student="teacher", teacher="b"),
         Arm("sft", student="sft"),
+        Arm("sft_a", student="sft", teacher="a"),
         Arm("sft_b", student="sft", teacher="b"),
         Arm("lightning"),
         Arm("online", student="online"),
         Arm("control", student="control"),
         Arm("sft_fresh", {"sft_data.prompts": fresh}, student="control"),
-        # Teacher consistency: the first letter wrote the SFT data, the second scores.
-        Arm("lightning_bb", teacher="b"),
-        Arm("online_bb", teacher="b", student="online"),
     ]
-    for name, (teacher, wrote) in inconsistent.items():
-        who = {"teacher": teacher, "sft_teacher": wrote}
-        arms += [
-            Arm(f"lightning_{name}", **who),
-            Arm(f"online_{name}", student="online", **who),
-            Arm(f"lightning2_{name}", {"opd.residual_folds": 5, "opd.tau": 0.2}, **who),
-            Arm(f"lightning_tau02_{name}", {"opd.tau": 0.2}, **who),
-        ]
+    # Teacher consistency: the first letter wrote the SFT data, the second scores.
+    for wrote, teacher in ("aa", "ab", "ba", "bb"):
+        name, who = wrote + teacher, {"teacher": teacher, "sft_teacher": wrote}
+        arms += [Arm(f"lightning_{name}", **who), Arm(f"online_{name}", student="online", **who)]
+        if wrote != teacher:
+            arms += [
+                Arm(f"lightning2_{name}", {"opd.residual_folds": 5, "opd.tau": 0.2}, **who),
+                Arm(f"lightning_tau02_{name}", {"opd.tau": 0.2}, **who),
+            ]
     # The map of the gap between offline and online: what differs from the core, one at a time.
     for name, changes, teacher in (
         ("sharp", {}, "sharp"),
-        ("hot", {"precompute.temperature": 1.0}, "a"),
-        ("tau10", {"opd.tau": 10.0}, "a"),
-        ("lr3", {"opd.learning_rate": 3 * opd.learning_rate}, "a"),
-        ("long", {"opd.steps": 2 * steps}, "a"),
-        ("few", {"precompute.prompts": prompts // 4}, "a"),
+        ("hot", {"precompute.temperature": 1.0}, "plain"),
+        ("tau10", {"opd.tau": 10.0}, "plain"),
+        ("lr3", {"opd.learning_rate": 3 * opd.learning_rate}, "plain"),
+        ("long", {"opd.steps": 2 * steps}, "plain"),
+        ("few", {"precompute.prompts": prompts // 4}, "plain"),
     ):
         arms += [
             Arm(f"lightning_{name}", changes, teacher=teacher),
@@ -113,10 +112,11 @@ def _sections(base):
         Section(
             "teachers",
             "The teachers and the students they start",
-            "A writes three columns of four as 5+4+1=10 and the others as 1+4+5=10, B the reverse; "
-            "each taught SFT by its own answers.",
-            arms=("teacher_a", "teacher_b", "sft", "sft_b"),
-            pairs=(("teacher_a", "teacher_b"), ("sft", "sft_b")),
+            "The plain teacher writes every column as 5+4+1=10. A writes three of ten the other way "
+            "round, 1+4+5=10, and B seven of ten; only the grid of teachers uses these two. Each "
+            "taught SFT by its own answers.",
+            arms=("teacher", "teacher_a", "teacher_b", "sft", "sft_a", "sft_b"),
+            pairs=(("teacher_a", "teacher_b"), ("sft_a", "sft_b")),
         ),
         Section(
             "core",
@@ -133,19 +133,13 @@ def _sections(base):
             "consistency_offline",
             "Teacher consistency, Lightning OPD",
             "Rows: who wrote the SFT data; columns: who scores.",
-            arms=("lightning", "lightning_ab", "lightning_ba", "lightning_bb"),
-            pairs=(("lightning", "lightning_ab"), ("lightning_bb", "lightning_ba"),
-                   ("lightning", "lightning_ba"), ("lightning_bb", "lightning_ab")),
-            figure="grid",
+            **_grid("lightning"),
         ),
         Section(
             "consistency_online",
             "Teacher consistency, online OPD",
             "Rows: who wrote the SFT data; columns: who scores.",
-            arms=("online", "online_ab", "online_ba", "online_bb"),
-            pairs=(("online", "online_ab"), ("online_bb", "online_ba"),
-                   ("online", "online_ba"), ("online_bb", "online_ab")),
-            figure="grid",
+            **_grid("online"),
         ),
         Section(
             "residual",
@@ -204,6 +198,13 @@ def _sections(base):
     ]  # fmt: skip
 
 
+def _grid(arm):
+    """Rows of a section on the four pairs of teachers."""
+    aa, ab, ba, bb = (f"{arm}_{pair}" for pair in ("aa", "ab", "ba", "bb"))
+    pairs = ((aa, ab), (bb, ba), (aa, ba), (bb, ab))
+    return {"arms": (aa, ab, ba, bb), "pairs": pairs, "figure": "grid"}
+
+
 def _against(reference, *arms):
     """Rows of a section that compares arms with one."""
     return {"arms": (reference, *arms), "pairs": tuple((arm, reference) for arm in arms),
@@ -217,9 +218,10 @@ def get_study(base):
         seeds=SEEDS,
         teacher_seed=20,
         teachers={
-            "a": {"teacher.swapped": 0.25},
-            "b": {"teacher.swapped": 0.75},
-            "sharp": {"teacher.swapped": 0.25, "teacher.label_smoothing": 0.0},
+            "plain": {},
+            "sharp": {"teacher.label_smoothing": 0.0},
+            "a": {"teacher.swapped": 0.3},
+            "b": {"teacher.swapped": 0.7},
         },
         arms=_arms(base),
         sections=_sections(base),

@@ -34,11 +34,11 @@ def get_study(base):
     return Study(
         base=base,
         seeds=(1, 2),
-        teachers={"a": {}, "b": {"teacher.swapped": 1.0}},
+        teachers={"plain": {}, "b": {"teacher.swapped": 1.0}},
         arms=[
             Arm("sft", student="sft"),
             Arm("lightning"),
-            Arm("crossed", teacher="b", sft_teacher="a"),
+            Arm("crossed", teacher="b", sft_teacher="plain"),
         ],
         sections=[
             Section("core", "Core", arms=("sft", "lightning"), pairs=(("lightning", "sft"),)),

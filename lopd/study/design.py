@@ -34,7 +34,7 @@ class Arm:
     """Settings by dotted key."""
     student: str = "opd"
     """The stage that trains what is evaluated, one of `AFTER`."""
-    teacher: str = "a"
+    teacher: str = "plain"
     """The teacher that scores, by its name in the study."""
     sft_teacher: str = ""
     """The teacher that wrote the SFT data; by default the same."""
