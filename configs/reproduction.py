@@ -112,9 +112,9 @@ def _sections(base):
         Section(
             "teachers",
             "The teachers and the students they start",
-            "The plain teacher writes every column as 5+4+1=10. A writes three of ten the other way "
-            "round, 1+4+5=10, and B seven of ten; only the grid of teachers uses these two. Each "
-            "taught SFT by its own answers.",
+            "The plain teacher writes every column as 5+4+1=10. A writes three columns of ten the "
+            "other way round, 1+4+5=10, and B seven; only the grid of teachers uses these two. "
+            "Each taught SFT by its own answers.",
             arms=("teacher", "teacher_a", "teacher_b", "sft", "sft_a", "sft_b"),
             pairs=(("teacher_a", "teacher_b"), ("sft_a", "sft_b")),
         ),
