@@ -115,7 +115,7 @@ def rotary_tables(config: Qwen3Config, positions_BT: jax.Array) -> tuple[jax.Arr
 
 def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """The product over the last `contracted` axes of `x` and the first of `kernel`."""
-    if current_platform() != "cpu":
+    if current_platform() != "cpu" or x.shape[1] == 1:  # decoding takes no gradient
         return jnp.tensordot(x, kernel, contracted)
     # On CPU the gradient's product would take operands that XLA first transposes, in the loop
     # that computes them: as slow as the product itself. Behind barriers it reads them as they lie.
