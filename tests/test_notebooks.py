@@ -20,7 +20,7 @@ CHAT = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ARMS = ("lightning", "lightning_ab", "lightning_ba", "lightning_bb")
+ARMS = ("lightning_aa", "lightning_ab", "lightning_ba", "lightning_bb")
 TWO_STEPS = {"steps": 2, "batch_size": 4, "row_length": 208}
 FEW_TOKENS = {"response_length": 8, "row_length": 208}
 
