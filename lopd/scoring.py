@@ -316,13 +316,26 @@ def score_rows(
 ) -> TokenScores:
     """One forward pass over packed rows [B, T] that are split over the mesh.
 
-    Every device gets all scores, so that every process can read them.
+    Every device gets all scores, so that every process can read them. On CPU each device takes its
+    rows one at a time: products of another number of rows would give a row other last bits, and so
+    a cache would depend on the mesh and on how many rows share a pass.
     """
-    with on_mesh(mesh):
+
+    def score(rows):
         hidden, _ = qwen3.forward(
             config, params, rows["tokens"], rows["positions"], rows["segment_ids"]
         )
-        scores = token_scores(hidden, qwen3.output_head(params), rows["targets"], top_k=top_k)
+        return token_scores(hidden, qwen3.output_head(params), rows["targets"], top_k=top_k)
+
+    with on_mesh(mesh):
+        if current_platform() == "cpu":
+            devices = mesh.shape["data"] * mesh.shape["fsdp"]
+            turns = lambda x: x.reshape(devices, -1, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+            scores = jax.lax.map(score, jax.tree.map(turns, rows))
+            rejoin = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
+            scores = jax.tree.map(rejoin, scores)
+        else:
+            scores = score(rows)
         return jax.tree.map(constrain, scores)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -358,7 +359,7 @@ def test_a_stop_writes_full_shards_and_no_others(job, monkeypatch):
 PROCESS = {"precompute.prompts": 320, "runtime.slots": 8, "runtime.records_per_shard": 8}
 
 
-def start(models, workdir, **changes) -> subprocess.Popen:
+def start(models, workdir, variables=None, **changes) -> subprocess.Popen:
     settings = SETTINGS | PROCESS | {
         "teacher.checkpoint": models / "teacher", "sft.checkpoint": models / "sft"
     } | changes  # fmt: skip
@@ -370,7 +371,7 @@ def start(models, workdir, **changes) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         command,
-        env=environment | {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"},
+        env=environment | {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"} | (variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -422,6 +423,18 @@ def test_killed_at_random_instants_it_makes_the_same(models, undisturbed, tmp_pa
     artefact = Artefact(tmp_path / "precompute")
     assert content(artefact) == content(undisturbed)
     assert reader.verify_records(artefact) == 320
+
+
+def test_two_processes_make_the_same(models, undisturbed, tmp_path):
+    """Each samples and scores half of the rows, as on two hosts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    both = [start(models, tmp_path, common | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    for process in both:
+        finish(process)
+    assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 
 
 def test_sigterm_stops_with_full_shards_closed(models, undisturbed, tmp_path):
