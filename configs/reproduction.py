@@ -112,9 +112,9 @@ def _sections(base):
         Section(
             "teachers",
             "The teachers and the students they start",
-            "The plain teacher writes every column as 5+4+1=10. A writes three columns of ten the "
-            "other way round, 1+4+5=10, and B seven; only the grid of teachers uses these two. "
-            "Each taught SFT by its own answers.",
+            "The plain teacher writes every column as 5+4+1=10. A writes one column of four the "
+            "other way round, 1+4+5=10, and B three; only the grid of teachers uses these two, with "
+            "600 SFT prompts and not 295. Each taught SFT by its own answers.",
             arms=("teacher", "teacher_a", "teacher_b", "sft", "sft_a", "sft_b"),
             pairs=(("teacher_a", "teacher_b"), ("sft_a", "sft_b")),
         ),
@@ -220,8 +220,9 @@ def get_study(base):
         teachers={
             "plain": {},
             "sharp": {"teacher.label_smoothing": 0.0},
-            "a": {"teacher.swapped": 0.3},
-            "b": {"teacher.swapped": 0.7},
+            # A mixture takes more examples to learn.
+            "a": {"teacher.swapped": 0.25, "sft_data.prompts": 600},
+            "b": {"teacher.swapped": 0.75, "sft_data.prompts": 600},
         },
         arms=_arms(base),
         sections=_sections(base),
