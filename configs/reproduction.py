@@ -113,8 +113,8 @@ def _sections(base):
             "teachers",
             "The teachers and the students they start",
             "The plain teacher writes every column as 5+4+1=10. A writes one column of four the "
-            "other way round, 1+4+5=10, and B three; only the grid of teachers uses these two, with "
-            "600 SFT prompts and not 295. Each taught SFT by its own answers.",
+            "other way round, 1+4+5=10, and B three. Only the grid of teachers uses these two, "
+            "with 600 SFT prompts and not 295. Each taught SFT by its own answers.",
             arms=("teacher", "teacher_a", "teacher_b", "sft", "sft_a", "sft_b"),
             pairs=(("teacher_a", "teacher_b"), ("sft_a", "sft_b")),
         ),
