@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
         (Arm("x", {"opd.tau": "one"}), "arm 'x': opd.tau='one' cannot be set"),
         (Arm("x", {"opd.tau": -1.0}), "arm 'x': opd.tau=-1.0 must be positive"),
         (Arm("x", {"sft.steps": 1}), "arm 'x': sft.steps is settled before the arms part"),
-        (Arm("x", teacher="c"), "no teacher is called 'c'; there are a, b"),
+        (Arm("x", teacher="c"), "no teacher is called 'c'; there are plain, b"),
         (Arm("x", student="opq"), "student='opq' must be one of"),
         (Arm("sft"), "two arms are called 'sft'"),
     ],
