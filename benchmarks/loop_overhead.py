@@ -117,7 +117,7 @@ def time_of_a_row(artefact, recipe, settings, batches, mesh) -> float:
     log = _Log(artefact, MODEL, recipe, settings.metrics, mesh, 0, False)
     start = time.perf_counter()
     for number in range(recipe.steps):
-        log.read(_InFlight(number + 1, dict(metrics), None, 0.0))
+        log.read(_InFlight(number + 1, dict(metrics), None, 0.0, {}))
     seconds = (time.perf_counter() - start) / recipe.steps
     log.close()
     return seconds
