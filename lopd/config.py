@@ -286,6 +286,19 @@ def _check_refresh(recipe: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_opd(recipe: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None:
+    """What `opd` and `online` can tell of their section alone."""
+    check_settings(recipe)
+    _check_refresh(recipe)
+    if "online" in stages:
+        for key, off in (("residual_folds", 0), ("extrapolation", 1.0)):
+            _require(
+                recipe[key] == off,
+                f"opd.{key}={recipe[key]} needs a cache by π_ref, which online OPD has not: "
+                f"it must be {off}",
+            )
+
+
 def _check_given_responses(config: ml_collections.ConfigDict) -> None:
     responses = config.sft_data.responses
     _require(
@@ -324,15 +337,7 @@ def validate(config: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None
         f"task.prompt={config.task.prompt!r} has no {{problem}} to put the problem in",
     )
     _check_given_responses(config)
-    check_settings(config.opd)
-    _check_refresh(config.opd)
-    if "online" in stages:
-        for key, off in (("residual_folds", 0), ("extrapolation", 1.0)):
-            _require(
-                config.opd[key] == off,
-                f"opd.{key}={config.opd[key]} needs a cache by π_ref, which online OPD has not: "
-                f"it must be {off}",
-            )
+    _check_opd(config.opd, stages)
     _require(
         0 <= config.teacher.swapped <= 1,
         f"teacher.swapped={config.teacher.swapped} must lie in [0, 1]",

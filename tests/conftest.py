@@ -59,6 +59,16 @@ def tiny_models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """What a module's tests run in this process uses one device."""
+    from tiny_run import use_one_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_device(patch)
+        yield
+
+
 def random_params(config: qwen3.Qwen3Config, seed: int) -> qwen3.Params:
     """Parameters whose norm scales are random too, so that a missed one shows."""
     params = qwen3.init_params(config, jax.random.key(seed))

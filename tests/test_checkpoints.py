@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from qwen3_tokenizer import qwen3_folder
+from small_checkpoint import save_small_qwen3
 from test_pipeline import REPOSITORY, environment, refused
 
 from lopd.artefact import Artefact
@@ -43,19 +44,7 @@ SETTINGS = {
 
 def make_checkpoint(folder, seed, hidden_size):
     """A small Qwen3 written by Transformers, with the real tokenizer beside it."""
-    torch.manual_seed(seed)
-    shape = transformers.Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=151_645,
-    )
-    transformers.Qwen3ForCausalLM(shape).save_pretrained(folder)
+    save_small_qwen3(folder, seed, hidden_size, vocab_size=151_936, eos_token_id=151_645)
     for path in qwen3_folder().iterdir():
         shutil.copy(path, folder)
     return folder

@@ -9,8 +9,8 @@ import nbformat
 import pytest
 import tensorflow_datasets as tfds
 import tokenizers
-import torch
 import transformers
+from small_checkpoint import save_small_qwen3
 from test_pipeline import BATCHES, REPOSITORY, SMALL, environment
 
 from lopd.config import MATH_PROMPT
@@ -140,19 +140,7 @@ def make_checkpoint(folder, seed, hidden_size):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=ends[0])
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    shape = transformers.Qwen3Config(
-        vocab_size=320,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    transformers.Qwen3ForCausalLM(shape).save_pretrained(folder)
+    save_small_qwen3(folder, seed, hidden_size, vocab_size=320, eos_token_id=0)
     return str(folder)
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_run import interrupt, run, tiny_config, use_one_device
+from tiny_run import interrupt, run, tiny_config
 
 from lopd import parallel, pipeline
 from lopd.artefact import Artefact
@@ -29,11 +29,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        use_one_device(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

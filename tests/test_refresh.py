@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import interrupt, run, use_one_device
+from tiny_run import interrupt, run
 
 from lopd.artefact import Artefact
 from lopd.cache import __main__ as cache_main
@@ -25,11 +25,7 @@ SMALL = {
 EVERY = SMALL | {"opd__refresh_every": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        use_one_device(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,7 @@ def settings(ctx: Context) -> dict:
 
 def inputs(ctx: Context) -> dict:
     """The teacher that scores and the student that samples; a cache that was given instead."""
-    found = precompute.inputs(ctx)
-    if ctx.given("precompute"):
-        found["precompute"] = ctx.input("precompute").outputs["fingerprint"]
-    return found
+    return precompute.inputs_beside_cache(ctx)
 
 
 def _trained_on(ctx: Context) -> set[bytes]:

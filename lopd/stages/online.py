@@ -34,10 +34,7 @@ def settings(ctx: Context) -> dict:
 
 def inputs(ctx: Context) -> dict:
     """Teacher and student; and the cache whose prompts are read, if one was given."""
-    found = precompute.inputs(ctx)
-    if ctx.given("precompute"):
-        found["precompute"] = ctx.input("precompute").outputs["fingerprint"]
-    return found
+    return precompute.inputs_beside_cache(ctx)
 
 
 def prompts(ctx: Context) -> list[Request]:

@@ -60,6 +60,14 @@ def inputs(ctx: Context) -> dict:
     return {"teacher": teacher, "sft": sft.outputs["fingerprint"]}
 
 
+def inputs_beside_cache(ctx: Context) -> dict:
+    """`inputs` of a stage that samples besides, and a cache that was given: its prompts count."""
+    found = inputs(ctx)
+    if ctx.given("precompute"):
+        found["precompute"] = ctx.input("precompute").outputs["fingerprint"]
+    return found
+
+
 def opd_problems(ctx: Context) -> tuple[list[Problem], list[Problem]]:
     """The OPD prompts to train on, and those held out: disjoint, drawn with the run's seed.
 
