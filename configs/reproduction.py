@@ -70,6 +70,7 @@ def _arms(base):
         ("sharp", {}, "sharp"),
         ("hot", {"precompute.temperature": 1.0}, "plain"),
         ("tau10", {"opd.tau": 10.0}, "plain"),
+        ("sharp_tau10", {"opd.tau": 10.0}, "sharp"),
         ("lr3", {"opd.learning_rate": 3 * opd.learning_rate}, "plain"),
         ("long", {"opd.steps": 2 * steps}, "plain"),
         ("few", {"precompute.prompts": prompts // 4}, "plain"),
@@ -106,7 +107,7 @@ def _arms(base):
 
 def _sections(base):
     """The tables and figures, in the order of the page."""
-    gap = ("sharp", "hot", "tau10", "lr3", "long", "few")
+    gap = ("sharp", "hot", "tau10", "sharp_tau10", "lr3", "long", "few")
     whole = base.teacher.model.vocab_size
     return [
         Section(

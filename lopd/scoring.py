@@ -221,7 +221,7 @@ def _backward_shard(split: _Split, hidden_BTD, head_VD, tokens) -> tuple[jax.Arr
         d_logits = d_logits.astype(hidden.dtype)
         d_logits, hidden = d_logits.reshape(-1, V), hidden.reshape(-1, hidden.shape[-1])
         if current_platform() == "cpu":
-            d_logits = jax.lax.optimization_barrier(d_logits)  # see qwen3._project
+            d_logits = jax.lax.optimization_barrier(d_logits)  # see projection.project
         d_hidden = (d_logits @ head_VD).reshape(*targets.shape, -1)
         if split.gather:
             d_hidden = jax.lax.psum_scatter(d_hidden, split.gather, tiled=True)

@@ -9,7 +9,6 @@ G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,8 @@ from lopd.errors import UserError
 from lopd.models import moe
 from lopd.models.attention import SAVED_NAME, attend
 from lopd.models.kv_cache import KVCache
-from lopd.models.sharding import constrain, current_platform
+from lopd.models.projection import OutputFirst, project
+from lopd.models.sharding import constrain
 
 Params = dict[str, Any]
 
@@ -79,7 +79,12 @@ class Qwen3Config:
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """A float32 master weight with logical axis names, cast to the compute type."""
+    """A float32 master weight with logical axis names, cast to the compute type.
+
+    Or what `to_inference_params` made of it.
+    """
+    if isinstance(stored := module.get_variable("params", name), OutputFirst):
+        return stored
     init = nn.with_logical_partitioning(
         nn.initializers.normal(module.config.initializer_range), axes
     )
@@ -113,18 +118,6 @@ def rotary_tables(config: Qwen3Config, positions_BT: jax.Array) -> tuple[jax.Arr
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
-    """The product over the last `contracted` axes of `x` and the first of `kernel`."""
-    if current_platform() != "cpu" or x.shape[1] == 1:  # decoding takes no gradient
-        return jnp.tensordot(x, kernel, contracted)
-    # On CPU the gradient's product would take operands that XLA first transposes, in the loop
-    # that computes them: as slow as the product itself. Behind barriers it reads them as they lie.
-    out_shape = x.shape[: x.ndim - contracted] + kernel.shape[contracted:]
-    size = math.prod(kernel.shape[:contracted])
-    x, kernel = jax.lax.optimization_barrier(x.reshape(-1, size)), kernel.reshape(size, -1)
-    return jax.lax.optimization_barrier(x @ kernel).reshape(out_shape)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with per-head RMSNorm on queries and keys before RoPE."""
 
@@ -134,9 +127,9 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache, row_states):
         c = self.config
         D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q = _project(x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim")))
-        k = _project(x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim")))
-        v = _project(x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim")))
+        q = project(x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim")))
+        k = project(x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim")))
+        v = project(x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim")))
         q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
         k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
@@ -146,7 +139,7 @@ class Attention(nn.Module):
             out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
             out = out[:, None]
         kernel = _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
-        return _project(out, kernel, 2), kv
+        return project(out, kernel, 2), kv
 
 
 class MLP(nn.Module):
@@ -157,9 +150,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.config.hidden_size, self.config.intermediate_size
-        gate = _project(x_BTD, _kernel(self, "gate", (D, F), ("embed", "mlp")))
-        up = _project(x_BTD, _kernel(self, "up", (D, F), ("embed", "mlp")))
-        return _project(nn.silu(gate) * up, _kernel(self, "down", (F, D), ("mlp", "embed")))
+        gate = project(x_BTD, _kernel(self, "gate", (D, F), ("embed", "mlp")))
+        up = project(x_BTD, _kernel(self, "up", (D, F), ("embed", "mlp")))
+        return project(nn.silu(gate) * up, _kernel(self, "down", (F, D), ("mlp", "embed")))
 
 
 class MoE(nn.Module):
@@ -281,24 +274,53 @@ def to_inference_params(
     of: donating that ends them.
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
-    scan over stacked layers cannot (it would copy the whole cache every token).
+    scan over stacked layers cannot (it would copy the whole cache every token). On CPU the matrices
+    are stored as `OutputFirst`, but for those of routers and experts.
 
     Args:
       config: the model's shape.
       shardings: where the results are to lie, as a tree like `params`; by default where jit puts
         them.
     """
+    axes = logical_axes(config)["layers"]
+    platform = shardings["embed"].mesh.devices.flat[0].platform if shardings else None
+    turns = (platform or jax.default_backend()) == "cpu"
+
+    def store(layer, transpose):
+        """A layer's weights, or shardings, as they are to be stored."""
+
+        def store_one(axes, value):
+            contracted = _contracted(axes[1:])
+            if not turns or not contracted:
+                return value
+            order = (*range(contracted, len(axes) - 1), *range(contracted))
+            return OutputFirst(transpose(value, order), contracted)
+
+        is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        return jax.tree.map(store_one, axes, layer, is_leaf=is_axes)
 
     def convert(params):
         params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
         layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])  # noqa: E731
-        return {**params, "layers": tuple(layer(i) for i in range(config.num_hidden_layers))}
+        layers = (store(layer(i), jnp.transpose) for i in range(config.num_hidden_layers))
+        return {**params, "layers": tuple(layers)}
 
     if shardings:
         unstacked = lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))  # noqa: E731
-        layer = jax.tree.map(unstacked, shardings["layers"])
+        turned = lambda s, order: NamedSharding(  # noqa: E731
+            s.mesh, PartitionSpec(*(s.spec[axis] for axis in order))
+        )
+        layer = store(jax.tree.map(unstacked, shardings["layers"]), turned)
         shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
     return jax.jit(convert, out_shardings=shardings)
+
+
+def _contracted(axes: PartitionSpec) -> int:
+    """How many of the first axes of a dense layer's matrix a product sums over; 0 for what is no
+    such matrix: norms, routers, experts."""
+    if len(axes) < 2 or "expert" in axes:
+        return 0
+    return 1 if axes[0] == "embed" else len(axes) - 1
 
 
 def compute_params(config: Qwen3Config, params: Params) -> Params:

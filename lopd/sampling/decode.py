@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lopd.models import qwen3
 from lopd.models.kv_cache import CACHE_SPEC, KVCache, empty_cache
+from lopd.models.projection import project_to_vocabulary
 from lopd.models.sharding import ROWS, current_mesh
 from lopd.sampling.draw import Drawn, Truncation, draw
 
@@ -172,7 +173,7 @@ def decode(
             state.cache,
         )
         with jax.named_scope("draw"):
-            logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+            logits = project_to_vocabulary(hidden[:, 0], head)
             drawn = draw(logits, _keys(seed, state), temperature, truncation)
         generated = state.generated + state.active
         ends = jnp.isin(drawn.token, end_ids) | (generated >= max_response)
