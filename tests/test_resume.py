@@ -98,13 +98,14 @@ def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective
     assert result(tmp_path) == expected
 
 
-def test_sigterm_saves_and_exits_75(whole, tmp_path):
-    expected, seconds = whole("opd")
+@pytest.mark.parametrize("objective", ["opd", "sft"])
+def test_sigterm_saves_and_exits_75(whole, tmp_path, objective):
+    expected, seconds = whole(objective)
     stops = 0
     rng = random.Random(0)
     while stops < max(1, KILLS // 4):
         pause = rng.uniform(0, 0.7 * seconds)
-        process = start(tmp_path, "opd")
+        process = start(tmp_path, objective)
         if end(process, signal.SIGTERM, lambda passed, pause=pause: passed > pause):
             assert process.returncode in (75, -signal.SIGTERM)  # the latter before any handler
             rows, _ = training_run.rows_of(tmp_path)
@@ -115,7 +116,7 @@ def test_sigterm_saves_and_exits_75(whole, tmp_path):
         else:
             assert result(tmp_path) == expected
             shutil.rmtree(tmp_path)
-    process = start(tmp_path, "opd")
+    process = start(tmp_path, objective)
     assert process.communicate() is not None and process.returncode == 0
     assert result(tmp_path) == expected
 

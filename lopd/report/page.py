@@ -69,10 +69,15 @@ def _reads(run: Run, stage: Stage) -> list[dict]:
     return found
 
 
+def _shown(run: Run) -> list[Stage]:
+    """The stages there are or could be; the online baseline is none of most runs' business."""
+    return [s for s in run.stages.values() if s.state != "absent" or s.name != "online"]
+
+
 def _stage_cards(run: Run) -> list[dict]:
     total = sum(stage.manifest.get("seconds", 0) for stage in run.stages.values())
     cards = []
-    for stage in run.stages.values():
+    for stage in _shown(run):
         seconds = stage.manifest.get("seconds", 0)
         cards.append(
             {
@@ -154,7 +159,7 @@ def _notes(run: Run) -> list[str]:
     """What is unfinished, absent or unreadable."""
     notes = list(run.notes)
     unfinished = [s.name for s in run.stages.values() if s.state == "unfinished"]
-    absent = [s.name for s in run.stages.values() if s.state == "absent"]
+    absent = [s.name for s in _shown(run) if s.state == "absent"]
     if unfinished:
         notes.append(
             f"Not finished: {', '.join(unfinished)}. The command that began the run continues it."

@@ -217,7 +217,8 @@ def line_plot(
       y_label: with its unit.
       series: what to draw.
       unit: short, behind values of the read-out.
-      log: whether the y axis is logarithmic; None: if values are positive and span much.
+      log: whether the y axis is logarithmic, down to a thousandth of the median; None: if values
+        are positive and span much.
       zero: whether to mark y = 0.
       from_zero: whether y starts at 0 and fits the smoothed lines, spikes cut off.
     """
@@ -237,7 +238,9 @@ def line_plot(
             _draw(axes, one)
         if log:
             axes.set_yscale("log", nonpositive="clip")
-            axes.set_ylim(positive.min() / 1.6, positive.max() * 1.6)
+            # A divergence begins at rounding errors, which would flatten all that follows.
+            lowest = max(positive.min(), 1e-3 * np.median(positive))
+            axes.set_ylim(lowest / 1.6, positive.max() * 1.6)
         elif from_zero:
             axes.set_ylim(0, 1.25 * max(np.nanmax(smoothed(np.asarray(s.y))) for s in series))
         _finish_axes(axes, zero, log)
