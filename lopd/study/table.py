@@ -69,9 +69,11 @@ class Results:
         return found
 
     def accuracy(self, arm: str, mode: str) -> Estimate | None:
-        """The accuracy of an arm over its seeds; None without any."""
-        values = self.accuracies(arm, mode)
-        return estimate(list(values.values())) if values else None
+        """The accuracy of an arm over its seeds, its interval cut to [0, 1]; None without any."""
+        if not (values := self.accuracies(arm, mode)):
+            return None
+        found = estimate(list(values.values()))
+        return dataclasses.replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
     def difference(self, pair: tuple[str, str], mode: str) -> Estimate | None:
         """The paired difference of two arms."""
