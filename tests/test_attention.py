@@ -10,7 +10,7 @@ import pytest
 from conftest import TIED
 
 from lopd import parallel
-from lopd.models import attention, blocked_attention, qwen3
+from lopd.models import attention, blocked_attention, decode_attention, qwen3
 from lopd.models.sharding import on_mesh
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
@@ -75,6 +75,29 @@ def test_xla_equals_float64(monkeypatch, length):
     """Rows of one block, of a few, of a length that blocks do not divide, of one to four spans."""
     monkeypatch.setattr(blocked_attention, "BLOCK", 8)
     check_equals_float64(attention.xla_attention, length)
+
+
+def test_decoding_equals_float64_in_blocks_of_rows():
+    """Rows of 1 to 384 positions, which share a block with others of like length; every row bit
+    for bit whatever the other rows hold."""
+    B, H, K, N, C = 24, 4, 2, 128, 384
+    assert decode_attention.block_rows(K, C, N, 4) < B
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=shape) for shape in ((B, H, N), (B, K, C, N), (B, K, C, N)))
+    lengths = rng.integers(1, C + 1, B)
+    lengths[:4] = 1, 128, 129, C
+    attend = jax.jit(decode_attention.attend_filled)
+    found = np.asarray(attend(*map(jnp.float32, (q, k, v)), jnp.asarray(lengths)))
+    for b, h in np.ndindex(B, H):
+        keys, values = (x[b, h // (H // K), : lengths[b]] for x in (k, v))
+        scores = N**-0.5 * keys @ q[b, h]
+        weights = np.exp(scores - scores.max())
+        np.testing.assert_allclose(found[b, h], weights @ values / weights.sum(), atol=1e-5)
+    others = np.where(np.arange(B) % 2, lengths, rng.integers(1, C + 1, B))
+    again = np.asarray(attend(*map(jnp.float32, (q, k, v)), jnp.asarray(others)))
+    same = lengths == others
+    assert 8 < same.sum() < B
+    np.testing.assert_array_equal(again[same], found[same])
 
 
 def test_splash_kernel_equals_float64():

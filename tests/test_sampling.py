@@ -16,7 +16,7 @@ from test_scoring import bigram_model
 from lopd import parallel
 from lopd.errors import UserError
 from lopd.models import hf, presets, qwen3
-from lopd.models.decode_attention import CHUNK
+from lopd.models.decode_attention import CHUNK, block_rows
 from lopd.sampling import placement
 from lopd.sampling.draw import Truncation, draw, truncate
 from lopd.sampling.engine import Request, Sampling, Stats, generate
@@ -141,11 +141,12 @@ def test_truncation_keeps_exactly_the_right_tokens(way):
 
 
 def wide_model():
-    """Wide enough for XLA to multiply 1, 7, 32 and 64 rows with different rounding."""
+    """Wide enough for XLA to multiply 1, 7, 32 and 64 rows with different rounding, and for
+    attention to read rows in blocks."""
     config = dataclasses.replace(
         TIED, vocab_size=300, hidden_size=512, intermediate_size=768, num_hidden_layers=2
     )
-    config = dataclasses.replace(config, initializer_range=0.05)
+    config = dataclasses.replace(config, initializer_range=0.05, head_dim=64)
     return config, random_params(config, 3)
 
 
@@ -170,6 +171,7 @@ def test_responses_are_the_same_whatever_the_slots_order_or_neighbours():
     settings = dict(slots=32, capacity=256, decode_steps=8)
     expected = run(config, params, requests, sampling, **settings)
     assert max(len(r.tokens) for r in expected) > CHUNK  # rows of one chunk and of two
+    assert block_rows(config.num_key_value_heads, 256, config.head_dim, 4) < 32
     for changes in (dict(slots=7, decode_steps=8), dict(slots=100, decode_steps=5)):
         found = run(config, params, requests, sampling, **settings | changes)
         assert len(found) == len(requests)
