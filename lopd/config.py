@@ -284,6 +284,11 @@ def _check_refresh(recipe: ml_collections.ConfigDict) -> None:
         f"opd.residual_folds={recipe.residual_folds} fits its tables to one whole cache: it must "
         "be 0 with opd.refresh_every or opd.refresh_below",
     )
+    _require(
+        recipe.extrapolation == 1 or not (every or below),
+        f"opd.extrapolation={recipe.extrapolation} leads away from π_ref, which later rounds' "
+        "caches do not hold: it must be 1 with opd.refresh_every or opd.refresh_below",
+    )
 
 
 def _check_opd(recipe: ml_collections.ConfigDict, stages: tuple[str, ...]) -> None:

@@ -78,9 +78,9 @@ class StyleBaseline:
         return 0.5 * by_token + 0.5 * self.by_cell[fold, _cells(record)]
 
     def residualise(self, record: dict) -> dict:
-        """The record with log π_T − b̂ in place of `teacher_logprobs` (so it may exceed 0)."""
-        teacher = record["teacher_logprobs"] - self.baseline(record)
-        return {**record, "teacher_logprobs": teacher.astype(np.float32)}
+        """The record with `target_logprobs`: log π_T − b̂, which may exceed 0."""
+        target = record["teacher_logprobs"] - self.baseline(record)
+        return {**record, "target_logprobs": target.astype(np.float32)}
 
 
 def fit_baseline(records: Iterable[dict], folds: int, vocab_size: int) -> StyleBaseline:

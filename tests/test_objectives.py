@@ -315,7 +315,7 @@ def test_selected_loss_does_not_depend_on_packing(config, params):
         record["teacher_topk_logprobs"] = -np.sort(-logprobs, -1)[:, :6].astype(np.float32)
     recipe = opd_recipe(
         objective="reverse_kl", top_k=4, position_fraction=0.9, entropy_fraction=0.5,
-        masked_tokens=(3, 4), importance_cap=5.0,
+        masked_tokens=(3, 4),
     )  # fmt: skip
     selection = token_selection(recipe, load_tokenizer("tiny"))
     options = dict(
@@ -353,6 +353,7 @@ def test_selected_loss_does_not_depend_on_packing(config, params):
         ({"position_fraction": 0.0}, "position_fraction=0.0 must lie in"),
         ({"entropy_fraction": 1.5}, "entropy_fraction=1.5 must lie in"),
         ({"importance_cap": -1.0}, "importance_cap=-1.0 must not be negative"),
+        ({"objective": "forward_kl", "importance_cap": 2.0}, "importance_cap=2.0 must be 0"),
         ({"masked_tokens": (1.5,)}, "masked_tokens"),
         ({"tau": 0.0}, "tau=0.0 must be positive"),
     ],

@@ -98,13 +98,13 @@ def test_style_is_taken_out():
     constant = make_records(difference=lambda ids: np.full(len(ids), -0.7))
     fitted = residual.fit_baseline(constant, FOLDS, VOCAB)
     for record in constant[:10]:
-        left = fitted.residualise(record)["teacher_logprobs"] - record["ref_logprobs"]
+        left = fitted.residualise(record)["target_logprobs"] - record["ref_logprobs"]
         np.testing.assert_allclose(left, 0, atol=1e-6)
     offsets = np.random.default_rng(1).normal(size=VOCAB)
     styled = make_records(prompts=3000, difference=lambda ids: offsets[ids])
     fitted = residual.fit_baseline(styled, FOLDS, VOCAB)
     left = np.concatenate([
-        fitted.residualise(r)["teacher_logprobs"].astype(np.float64) - r["ref_logprobs"]
+        fitted.residualise(r)["target_logprobs"].astype(np.float64) - r["ref_logprobs"]
         for r in styled
     ])  # fmt: skip
     ids = np.concatenate([r["response_tokens"] for r in styled])

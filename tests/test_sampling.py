@@ -17,6 +17,7 @@ from lopd import parallel
 from lopd.errors import UserError
 from lopd.models import hf, presets, qwen3
 from lopd.models.decode_attention import CHUNK, block_rows
+from lopd.objectives import huber
 from lopd.sampling import placement
 from lopd.sampling.draw import Truncation, draw, truncate
 from lopd.sampling.engine import Request, Sampling, Stats, generate
@@ -138,6 +139,65 @@ def test_truncation_keeps_exactly_the_right_tokens(way):
             keep, reference_distribution(row, temperature, truncation) > 0
         )
     assert (truncate(jnp.ones((1, 300)), truncation) > 0).all()  # ties stay
+
+
+def test_fresh_responses_weigh_one_and_give_the_gradient_of_any_others(config, params):
+    """Of responses drawn at T = 1, within sampling errors: E[π_θ/π_ref] is 1, and the gradient of
+    OPD at π_θ = π_ref is that of other fresh responses (offline and online at the start). Of
+    responses drawn at T = 0.5 neither is."""
+    prompts = ragged_requests(config, 400)
+    teacher = random_params(config, 1)
+    # Along which all distributions become flatter.
+    direction = {**jax.tree.map(jnp.zeros_like, params), "final_norm": -params["final_norm"]}
+    moved = jax.tree.map(lambda x, d: x + 0.05 * d, params, direction)
+    drawn = {
+        name: run(config, params, prompts, Sampling(temperature, 8, seed, (END,)), slots=64)
+        for name, temperature, seed in (("fresh", 1.0, 1), ("others", 1.0, 2), ("cold", 0.5, 1))
+    }
+
+    def packed(responses):
+        tokens = np.zeros((len(responses), 32), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, r in enumerate(responses):
+            first = len(r.request.prompt_tokens)
+            ids = [*r.request.prompt_tokens, *r.tokens]
+            tokens[row, : len(ids)], mask[row, first : len(ids)] = ids, True
+        return jnp.asarray(tokens), jnp.asarray(mask)
+
+    @jax.jit
+    def logprobs(params, tokens):
+        """[R, T] of each token but the first, given those before it."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = qwen3.forward(config, params, tokens, positions, jnp.ones_like(tokens))
+        logits = jnp.einsum("btd,vd->btv", hidden[:, :-1], qwen3.output_head(params))
+        of_next = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)
+        return jnp.pad(of_next[..., 0], ((0, 0), (1, 0)))
+
+    def weights(responses):
+        tokens, mask = packed(responses)
+        ratio = logprobs(moved, tokens) - logprobs(params, tokens)
+        return np.exp(np.asarray(jnp.where(mask, ratio, 0).sum(axis=1), np.float64))
+
+    def slopes(responses):
+        """Of each response's loss along `direction`."""
+        tokens, mask = packed(responses)
+        target = logprobs(teacher, tokens)
+
+        def losses(params):
+            difference = target - logprobs(params, tokens)
+            return jnp.where(mask, huber(difference, 1.0), 0).sum(axis=1)
+
+        return np.asarray(jax.jvp(losses, (params,), (direction,))[1], np.float64)
+
+    def errors(values, expected, variance=0.0):
+        """How many standard errors the mean is away."""
+        return abs(values.mean() - expected) / np.sqrt(values.var() / len(values) + variance)
+
+    w, g = ({name: f(r) for name, r in drawn.items()} for f in (weights, slopes))
+    assert w["fresh"].std() > 0.05
+    assert errors(w["fresh"], 1) < 3 and errors(w["others"], 1) < 3 and errors(w["cold"], 1) > 4
+    mean, variance = g["others"].mean(), g["others"].var() / len(prompts)
+    assert errors(g["fresh"], mean, variance) < 3 and errors(g["cold"], mean, variance) > 4
 
 
 def wide_model():

@@ -21,7 +21,8 @@ def make_objective(recipe: ml_collections.ConfigDict) -> sampled.Objective:
     """The objective that a section like `opd` asks for, with the diagnostics of the drift panel."""
     name, tau = recipe.objective, recipe.tau
     if name == "log_ratio":
-        objective = sampled.lightning_opd(tau, recipe.extrapolation)
+        towards = "target_logprobs" if recipe.residual_folds else "teacher_logprobs"
+        objective = sampled.lightning_opd(tau, recipe.extrapolation, towards)
     else:
         if needs_top_k(recipe):
             loss = top_k_divergence(name)
@@ -50,6 +51,8 @@ def token_fields(
       UserError: if the objective needs more of them.
     """
     fields = ("teacher_logprobs", "ref_logprobs")
+    if recipe.residual_folds:
+        fields += ("target_logprobs",)
     if not needs_top_k(recipe):
         return fields
     needed = max(recipe.top_k, 1)
@@ -101,6 +104,8 @@ def check_settings(recipe: ml_collections.ConfigDict) -> None:
          "be 0 (off) or at least 2"),
         ("residual_folds", is_method or not recipe.residual_folds,
          "be 0 unless opd.objective=log_ratio"),
+        ("importance_cap", not (recipe.importance_cap and needs_top_k(recipe)),
+         "be 0 with a divergence, which does not depend on the token that was sampled"),
         ("position_fraction", 0 < recipe.position_fraction <= 1, "lie in (0, 1]"),
         ("entropy_fraction", 0 < recipe.entropy_fraction <= 1, "lie in (0, 1]"),
         ("masked_tokens", all(isinstance(x, str | int) for x in recipe.masked_tokens),

@@ -15,7 +15,8 @@ from lopd.scoring import TokenScores
 
 EMPTY_TAIL = 1e-6
 """A tail of less probability counts as this much and has no gradient: float32 cannot tell it from
-the rounding of a sum that is 1."""
+the rounding of a sum that is 1. So a student that is surer than this of the top-K is not drawn back
+by a teacher that is not, as it would be by the divergence over the whole vocabulary."""
 
 
 def with_tail(logprobs: jax.Array) -> jax.Array:

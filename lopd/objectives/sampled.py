@@ -62,7 +62,9 @@ def teacher_diagnostics(
     }
 
 
-def lightning_opd(tau: float, extrapolation: float = 1.0) -> Objective:
+def lightning_opd(
+    tau: float, extrapolation: float = 1.0, towards: str = "teacher_logprobs"
+) -> Objective:
     """Lightning OPD (arXiv 2604.13010, Algorithm 1) as Huber regression.
 
     The paper updates along A_t ∇log π_θ(a_t|s_t) with
@@ -75,10 +77,12 @@ def lightning_opd(tau: float, extrapolation: float = 1.0) -> Objective:
     Args:
       tau: advantage clip in nats.
       extrapolation: λ; 1 is the teacher itself.
+      towards: the field of the batch that stands for log π_T: with Lightning OPD 2.0 the
+        residualised one (`lopd.residual`).
     """
 
     def objective(scores: TokenScores, batch: Batch):
-        teacher = batch["teacher_logprobs"]
+        teacher = batch[towards]
         target = teacher + (extrapolation - 1.0) * (teacher - batch["ref_logprobs"])
         difference = target - scores.logprobs
         return huber(difference, tau), teacher_diagnostics(scores, batch, difference, tau)

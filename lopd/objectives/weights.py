@@ -106,9 +106,11 @@ def train_highest_entropy(objective: Objective, fraction: float) -> Objective:
 def truncated_importance(objective: Objective, cap: float) -> Objective:
     """Weighs each token's loss by min(π_θ(a_t|s_t) / π_ref(a_t|s_t), cap), without gradient.
 
-    With an infinite cap, and tokens drawn from π_ref, the gradient at a token is in expectation
-    that of a token drawn from π_θ; the cap bounds its variance (truncated importance sampling,
-    Ionides 2008, doi 10.1198/106186008X320456). Prefixes stay those of π_ref.
+    It corrects for drift away from π_ref, both at temperature 1: with an infinite cap and tokens
+    drawn from π_ref itself, the gradient at a token is in expectation that of a token drawn from
+    π_θ; the cap bounds its variance (truncated importance sampling, Ionides 2008, doi
+    10.1198/106186008X320456). Prefixes stay those of π_ref, and what another sampling temperature
+    or a truncation changed stays as it is, as it does without weights.
     """
 
     def weighted(scores: TokenScores, batch: Batch):
