@@ -174,7 +174,7 @@ def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_nan_in_a_record_stops_with_its_id(tmp_path):
+def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
     """Planted in the data of step 5: all later updates are held back, the state is saved."""
     source = training_run.records()
     data = batches(source=source)
@@ -194,6 +194,9 @@ def test_nan_in_a_record_stops_with_its_id(tmp_path):
             tmp_path / "checkpoints" / str(first - 1) / "state"
         )
         assert params_fingerprint(saved["params"]) == untroubled
+    assert (first - 1) % 3  # it was saved because of the stop
+    continued = run_training(tmp_path, steps=9, data=batches())
+    assert continued == run_training(tmp_path / "whole", steps=9)
 
 
 def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):

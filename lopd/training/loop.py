@@ -204,8 +204,10 @@ def _resume(
     checkpoints.check_room(artefact.path / "checkpoints", abstract, keep)
     start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
-        state = create_state(model, optimizer, initial_params, mesh)
-    return start, state
+        return start, create_state(model, optimizer, initial_params, mesh)
+    # What was saved when a step was not finite still says so, which would hold back every update.
+    finite = jax.jit(lambda: jnp.ones((), bool), out_shardings=abstract.finite.sharding)()
+    return start, state.replace(finite=finite)
 
 
 def _identity(artefact: Artefact) -> dict:
@@ -308,9 +310,11 @@ class _Loop:
             if self._run(start, last):
                 self.save_now()
                 raise shutdown.Stopped
-            start = int(self.state.step)
+            before, start = start, int(self.state.step)
             if start == last:
                 return
+            if start == before:
+                raise RuntimeError(f"no update was made after step {start}")
             self.save_now()
 
     def _run(self, start: int, last: int) -> bool:
