@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lopd.report import accuracy, browse, panels
 from lopd.report.plots import SERIES
 from lopd.report.reading import TRAINING, Run, Stage
-from lopd.report.texts import duration, math, number, setting
+from lopd.report.texts import duration, flops, math, number, setting, signed
 
 _HERE = epath.resource_path("lopd") / "report"
 
@@ -56,6 +56,12 @@ def _leaves(stage: Stage) -> list[str]:
     gap = stage.outputs.get("sampler_scorer_gap")
     if gap:
         parts.append(f"sampler and scorer differ by {gap['max']:.1g} nats at most")
+    consistency = stage.outputs.get("teacher_consistency")
+    if consistency:
+        mean = signed(consistency["mean_log_ratio"], 3)
+        parts.append(f"teacher consistency: mean log(π_T/π_ref) {mean} nats")
+    for kind, cost in stage.outputs.get("costs", {}).items():
+        parts.append(f"{kind}: {flops(cost['flops'])} in {duration(cost['seconds'])}")
     return [part.replace(" ", "\u00a0", 2) for part in parts]
 
 
