@@ -43,7 +43,8 @@ def rollouts(count=5, length=12, seed=0) -> list[dict]:
 
 def metrics(steps=60, seed=0) -> list[dict]:
     rng = np.random.default_rng(seed)
-    names = ("loss", "advantage", "clipped", "entropy", "grad_norm", "kl_teacher", "tokens")
+    names = ("loss", "advantage", "clipped", "entropy", "grad_norm", "kl_teacher", "kl_ref")
+    names += ("learning_rate", "tokens")
     return [
         {"step": s, **{name: float(rng.uniform(0.1, 1)) for name in names}}
         for s in range(1, steps + 1)
@@ -166,6 +167,13 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     assert any("NOT the one" in a.get("title", "") for _, a in whole.tags)  # the other cache
     assert "Not recorded: importance weight of tokens, importance weight of responses" in text
     assert all(f" {title} " in text for title in ("Loss", "Entropy", "Gradient norm"))
+    other = text[text.rindex(" Other training ") : text.rindex(" Settings and fingerprints ")]
+    assert all(f" {stage} · " in other for stage in ("teacher", "sft", "control"))
+    online = other[other.index(" online · the same on fresh rollouts") :]
+    names = ("Loss", "Advantage", "Divergence estimate", "Gradient norm")
+    places = [online.index(f" {n} ") for n in (*names, "Learning rate, throughput")]
+    assert places == sorted(places) and places[-1] < online.rindex(" Learning rate ")
+    assert "KL(π ref ‖π θ )" in text and "KL(π ref ‖π θ )" not in online
 
 
 def test_page_is_self_contained(whole, run):

@@ -235,11 +235,12 @@ def render(runs: Sequence[Run]) -> str:
     """The page of one run, or the comparison of several, as one HTML document."""
     opd_plots, not_recorded = panels.stage_plots(runs, "opd")
     training = []
-    for name in ("teacher", "sft", "control"):
+    for name in ("teacher", "sft", "control", "online"):
         plots, _ = panels.stage_plots(runs, name)
         if plots:
-            shown = {"plots": plots[:3], "more": plots[3:]}
-            training.append({"name": name, "does": _DOES[name], **shown})
+            more = [plot for plot in plots if panels.about_running(plot)]
+            shown = [plot for plot in plots if not panels.about_running(plot)]
+            training.append({"name": name, "does": _DOES[name], "plots": shown, "more": more})
     advantage_plots = panels.advantage_plots(runs)
     models = accuracy.models(runs)
     responses = browse.response_data(runs, models)
