@@ -146,6 +146,12 @@ class _Log:
             self._drift.write(panel)
         return panel
 
+    def sync(self) -> None:
+        """Puts the rows so far on disk, as going on from a later checkpoint writes none of them."""
+        for writer in [*self._writers, self._drift]:
+            if isinstance(writer, MetricsFile):
+                writer.sync()
+
     def close(self) -> None:
         """Closes the files and the live line."""
         self._bar.close()
@@ -359,6 +365,7 @@ class _Loop:
         return stopped
 
     def _save(self, step: int) -> None:
+        self.log.sync()
         checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
 
     def save_now(self) -> None:
