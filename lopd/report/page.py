@@ -60,7 +60,7 @@ def _leaves(stage: Stage) -> list[str]:
     if consistency:
         mean = signed(consistency["mean_log_ratio"], 3)
         parts.append(f"teacher consistency: mean log(π_T/π_ref) {mean} nats")
-    for kind, cost in stage.outputs.get("costs", {}).items():
+    for kind, cost in sorted(stage.outputs.get("costs", {}).items()):
         parts.append(f"{kind}: {flops(cost['flops'])} in {duration(cost['seconds'])}")
     return [part.replace(" ", "\u00a0", 2) for part in parts]
 
