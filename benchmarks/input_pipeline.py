@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from lopd.artefact import Artefact
-from lopd.cache import writer
+from lopd.cache import totals, writer
 from lopd.cache.reader import Records
 from lopd.cache.schema import SCORED_FIELDS
 from lopd.data.batches import step_batches
@@ -45,8 +45,10 @@ def make_cache(path: str, count: int) -> Artefact:
                 ),
             }
         )
-    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records)
-    writer.write_metadata(artefact, SCORED_FIELDS)
+    counted = totals.of_responses(records) | totals.of_scores(records)
+    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, counted)
+    writer.write_metadata(artefact)
+    artefact.finish(writer.outputs(artefact))
     return artefact
 
 

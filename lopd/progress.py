@@ -11,7 +11,7 @@ import tqdm
 from etils import epath
 
 from lopd import parallel
-from lopd.artefact import write_atomically
+from lopd.artefact import sync, write_atomically
 
 
 def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, initial: int = 0):
@@ -52,7 +52,7 @@ class MetricsFile:
                 if row["step"] <= resume_step:
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write(self, row: dict) -> None:
         """Appends one row; a number that is not finite becomes null, which JSON has."""
@@ -62,6 +62,10 @@ class MetricsFile:
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Makes the rows so far outlast a power failure."""
+        sync(self._path)
 
     def close(self) -> None:
         """Closes the file."""

@@ -43,7 +43,8 @@ def rollouts(count=5, length=12, seed=0) -> list[dict]:
 
 def metrics(steps=60, seed=0) -> list[dict]:
     rng = np.random.default_rng(seed)
-    names = ("loss", "advantage", "clipped", "entropy", "grad_norm", "kl_teacher", "tokens")
+    names = ("loss", "advantage", "clipped", "entropy", "grad_norm", "kl_teacher", "kl_ref")
+    names += ("learning_rate", "tokens")
     return [
         {"step": s, **{name: float(rng.uniform(0.1, 1)) for name in names}}
         for s in range(1, steps + 1)
@@ -80,6 +81,13 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
     }
     if name == "opd":
         manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40}]
+        manifest["outputs"]["costs"] = {
+            "sampling": {"seconds": 75.0, "tokens": 300, "flops": 9.996e11},
+            "training": {"seconds": 5.25, "tokens": 100.0, "flops": 1.3264e11},
+        }
+    if name == "precompute":
+        consistency = {"mean_log_ratio": -0.07093, "far": 0.01, "unlikely": 0.0}
+        manifest["outputs"]["teacher_consistency"] = consistency
     save_manifest(folder, manifest)
     if name in reading.TRAINING:
         (folder / "metrics.jsonl").write_text(lines(metrics()))
@@ -149,6 +157,9 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     assert "80.0 [75.0, 85.0]" in text and "50.0 [45.0, 55.0]" in text
     assert "+30.0" in text and "+25.0" in text  # over SFT, over the control
     assert "cache refreshed after step 20, 40" in text.replace("\u00a0", " ")
+    plain = text.replace("\u00a0", " ")
+    assert "sampling: 1 TFLOPs in 1 min 15 s · training: 133 GFLOPs in 5.2 s" in plain
+    assert "teacher consistency: mean log(π T /π ref ) −0.071 nats" in plain
     assert "15 min 00 s" in text and "10 of 10 stages complete" in text
     assert all(f"{stage}-print" in text for stage in ("teacher", "sft", "precompute", "opd"))
     reads = {a["title"]: a["class"] for tag, a in whole.tags if "print" in a.get("title", "")}
@@ -156,6 +167,13 @@ def test_page_shows_figures_states_and_fingerprints(whole):
     assert any("NOT the one" in a.get("title", "") for _, a in whole.tags)  # the other cache
     assert "Not recorded: importance weight of tokens, importance weight of responses" in text
     assert all(f" {title} " in text for title in ("Loss", "Entropy", "Gradient norm"))
+    other = text[text.rindex(" Other training ") : text.rindex(" Settings and fingerprints ")]
+    assert all(f" {stage} · " in other for stage in ("teacher", "sft", "control"))
+    online = other[other.index(" online · the same on fresh rollouts") :]
+    names = ("Loss", "Advantage", "Divergence estimate", "Gradient norm")
+    places = [online.index(f" {n} ") for n in (*names, "Learning rate, throughput")]
+    assert places == sorted(places) and places[-1] < online.rindex(" Learning rate ")
+    assert "KL(π ref ‖π θ )" in text and "KL(π ref ‖π θ )" not in online
 
 
 def test_page_is_self_contained(whole, run):
@@ -331,6 +349,9 @@ def test_smoothing_follows_the_data_and_not_its_spikes():
         (texts.number(999), "999"),
         (texts.number(1_234_567), "1.23 M"),
         (texts.number(0.01234), "0.0123"),
+        (texts.flops(0), "0 MFLOPs"),
+        (texts.flops(9.996e14), "1 PFLOPs"),
+        (texts.flops(3.456e21), "3,460 EFLOPs"),
         (texts.duration(4.64), "4.6 s"),
         (texts.duration(59.7), "1 min 00 s"),
         (texts.duration(7499), "2 h 04 min"),

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 from training_run import CONFIG, batches, mesh_of
 
-from lopd import parallel
+from lopd import parallel, progress
 from lopd.artefact import Artefact
 from lopd.cache import schema, writer
 from lopd.cache.reader import Records
@@ -143,6 +143,23 @@ def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
             checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 3}})
 
 
+def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
+    on_disk, saved, save = {}, {}, checkpoints.save_state
+
+    def count_rows(path):
+        on_disk[path.name] = len(path.read_text().splitlines())
+
+    def note_and_save(manager, step, *rest):
+        saved[step] = dict(on_disk)
+        save(manager, step, *rest)
+
+    monkeypatch.setattr(progress, "sync", count_rows)
+    monkeypatch.setattr(checkpoints, "save_state", note_and_save)
+    run_training(tmp_path)
+    rows = {step: {"metrics.jsonl": step, "drift.jsonl": 0} for step in (3, 6)}
+    assert saved == rows
+
+
 def test_keeps_the_newest_and_every_so_many(tmp_path):
     run_training(tmp_path, checkpoint_every=1, keep_checkpoints=1, keep_every=4)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
@@ -174,7 +191,7 @@ def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_nan_in_a_record_stops_with_its_id(tmp_path):
+def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
     """Planted in the data of step 5: all later updates are held back, the state is saved."""
     source = training_run.records()
     data = batches(source=source)
@@ -194,6 +211,9 @@ def test_nan_in_a_record_stops_with_its_id(tmp_path):
             tmp_path / "checkpoints" / str(first - 1) / "state"
         )
         assert params_fingerprint(saved["params"]) == untroubled
+    assert (first - 1) % 3  # it was saved because of the stop
+    continued = run_training(tmp_path, steps=9, data=batches())
+    assert continued == run_training(tmp_path / "whole", steps=9)
 
 
 def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lopd.report import accuracy, browse, panels
 from lopd.report.plots import SERIES
 from lopd.report.reading import TRAINING, Run, Stage
-from lopd.report.texts import duration, math, number, setting
+from lopd.report.texts import duration, flops, math, number, setting, signed
 
 _HERE = epath.resource_path("lopd") / "report"
 
@@ -56,6 +56,12 @@ def _leaves(stage: Stage) -> list[str]:
     gap = stage.outputs.get("sampler_scorer_gap")
     if gap:
         parts.append(f"sampler and scorer differ by {gap['max']:.1g} nats at most")
+    consistency = stage.outputs.get("teacher_consistency")
+    if consistency:
+        mean = signed(consistency["mean_log_ratio"], 3)
+        parts.append(f"teacher consistency: mean log(π_T/π_ref) {mean} nats")
+    for kind, cost in sorted(stage.outputs.get("costs", {}).items()):
+        parts.append(f"{kind}: {flops(cost['flops'])} in {duration(cost['seconds'])}")
     return [part.replace(" ", "\u00a0", 2) for part in parts]
 
 
@@ -229,11 +235,12 @@ def render(runs: Sequence[Run]) -> str:
     """The page of one run, or the comparison of several, as one HTML document."""
     opd_plots, not_recorded = panels.stage_plots(runs, "opd")
     training = []
-    for name in ("teacher", "sft", "control"):
+    for name in ("teacher", "sft", "control", "online"):
         plots, _ = panels.stage_plots(runs, name)
         if plots:
-            shown = {"plots": plots[:3], "more": plots[3:]}
-            training.append({"name": name, "does": _DOES[name], **shown})
+            more = [plot for plot in plots if panels.about_running(plot)]
+            shown = [plot for plot in plots if not panels.about_running(plot)]
+            training.append({"name": name, "does": _DOES[name], "plots": shown, "more": more})
     advantage_plots = panels.advantage_plots(runs)
     models = accuracy.models(runs)
     responses = browse.response_data(runs, models)

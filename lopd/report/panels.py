@@ -44,8 +44,9 @@ _DEVICE = Panel(
     **_SHARE, from_zero=True,
 )  # fmt: skip
 _ROUTER = _one("Router loss", "load balancing, as weighted in the loss", "router_loss", rare=True)
+_RUNNING = (_LEARNING_RATE, _THROUGHPUT, _DEVICE, _ROUTER)
 
-OPD = (
+_ADVANTAGE = (
     _one("Loss", "Huber loss, nats²", "loss", log=None),
     Panel(
         "Advantage", "log π_T − log π_θ within ±τ, nats, mean ± sd",
@@ -56,13 +57,26 @@ OPD = (
         (("|A| > 1 nat", "advantage_over_1_nat", ""), ("clipped, |A| > τ", "clipped", "")),
         **_SHARE,
     ),
+)  # fmt: skip
+_ENTROPY = _one("Entropy", "nats per token", "entropy", unit="nats", log=None)
+_GRADIENT = _one("Gradient norm", "before clipping", "grad_norm", log=None)
+_RESPONSES = (
+    _one("Response length", "tokens", "response_length", unit="tokens"),
+    Panel(
+        "Failure signs", "% of responses",
+        (("cut at the cap", "truncated", ""), ("repetition", "repetition", "")), **_SHARE,
+    ),
+)  # fmt: skip
+
+OPD = (
+    *_ADVANTAGE,
     Panel(
         "Divergence estimates", "nats per token",
         (("KL(π_θ‖π_T)", "kl_teacher", ""), ("KL(π_ref‖π_θ)", "kl_ref", "")), unit="nats",
         log=True,
     ),
-    _one("Entropy", "nats per token", "entropy", unit="nats", log=None),
-    _one("Gradient norm", "before clipping", "grad_norm", log=None),
+    _ENTROPY,
+    _GRADIENT,
     Panel(
         "Importance weight of tokens", "π_θ / π_ref, mean ± sd",
         (("", "importance_weight", "importance_weight_sd"),),
@@ -71,25 +85,25 @@ OPD = (
          "sequence_weight"),
     _one("Effective sample size", "% of responses", "ess_fraction", **_SHARE),
     _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=True),
-    _one("Response length", "tokens", "response_length", unit="tokens"),
-    Panel(
-        "Failure signs", "% of responses",
-        (("cut at the cap", "truncated", ""), ("repetition", "repetition", "")), **_SHARE,
-    ),
-    _LEARNING_RATE,
-    _THROUGHPUT,
-    _DEVICE,
-    _ROUTER,
+    *_RESPONSES,
+    *_RUNNING,
 )  # fmt: skip
+
+# The responses are π_θ's own: what OPD shows against π_ref would be against the sampler here.
+ONLINE = (
+    *_ADVANTAGE,
+    _one("Divergence estimate", "KL(π_θ‖π_T), nats per token", "kl_teacher", unit="nats", log=True),
+    _ENTROPY,
+    _GRADIENT,
+    *_RESPONSES,
+    *_RUNNING,
+)
 
 FINE_TUNING = (
     _one("Loss", "cross-entropy, nats per token", "loss", unit="nats", log=None),
-    _one("Entropy", "nats per token", "entropy", unit="nats", log=None),
-    _one("Gradient norm", "before clipping", "grad_norm", log=None),
-    _LEARNING_RATE,
-    _THROUGHPUT,
-    _DEVICE,
-    _ROUTER,
+    _ENTROPY,
+    _GRADIENT,
+    *_RUNNING,
 )
 
 
@@ -169,7 +183,7 @@ def stage_plots(runs: Sequence[Run], stage: str) -> tuple[list[Plot], list[str]]
     With several runs, each metric has a plot of its own and each run a colour.
     """
     plots, missing = [], []
-    for number, panel in enumerate(OPD if stage == "opd" else FINE_TUNING):
+    for number, panel in enumerate({"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)):
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
             _panel_plot(runs, stage, panel, group, f"{stage}{number}-{i}")
@@ -180,6 +194,11 @@ def stage_plots(runs: Sequence[Run], stage: str) -> tuple[list[Plot], list[str]]
         if not found and not panel.rare:
             missing.append(panel.title[0].lower() + panel.title[1:])
     return plots, missing
+
+
+def about_running(plot: Plot) -> bool:
+    """Whether it shows how fast and at which rate a training goes, not what it makes of a model."""
+    return plot.title.partition(":")[0] in {panel.title for panel in _RUNNING}
 
 
 BINS = 20

@@ -25,6 +25,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def flops(value: float) -> str:
+    """Floating-point operations with three significant digits: 133 GFLOPs."""
+    value = float(f"{value:.3g}")
+    units = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
+    prefix = next((prefix for prefix, unit in units.items() if value >= unit), "M")
+    return f"{number(value / units[prefix])} {prefix}FLOPs"
+
+
 def signed(value: float, digits: int) -> str:
     """+1.2 or −1.2, with a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")

@@ -91,5 +91,6 @@ def stop_with_records(
     raise UserError(
         f"{artefact.path.name}: step {step} has loss {row['loss']} and gradient norm "
         f"{row['grad_norm']} ({who}; all in {artefact.path / 'failure.json'}). The state before it "
-        f"is checkpoint {step - 1}: look at these records, or lower the learning rate"
+        f"is checkpoint {step - 1}, from which the same command goes on once the cause is gone; to "
+        f"change the learning rate or the records, use another --workdir, or delete {artefact.path}"
     )

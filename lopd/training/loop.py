@@ -146,6 +146,12 @@ class _Log:
             self._drift.write(panel)
         return panel
 
+    def sync(self) -> None:
+        """Puts the rows so far on disk, as going on from a later checkpoint writes none of them."""
+        for writer in [*self._writers, self._drift]:
+            if isinstance(writer, MetricsFile):
+                writer.sync()
+
     def close(self) -> None:
         """Closes the files and the live line."""
         self._bar.close()
@@ -204,8 +210,10 @@ def _resume(
     checkpoints.check_room(artefact.path / "checkpoints", abstract, keep)
     start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
-        state = create_state(model, optimizer, initial_params, mesh)
-    return start, state
+        return start, create_state(model, optimizer, initial_params, mesh)
+    # What was saved when a step was not finite still says so, which would hold back every update.
+    finite = jax.jit(lambda: jnp.ones((), bool), out_shardings=abstract.finite.sharding)()
+    return start, state.replace(finite=finite)
 
 
 def _identity(artefact: Artefact) -> dict:
@@ -308,9 +316,11 @@ class _Loop:
             if self._run(start, last):
                 self.save_now()
                 raise shutdown.Stopped
-            start = int(self.state.step)
+            before, start = start, int(self.state.step)
             if start == last:
                 return
+            if start == before:
+                raise RuntimeError(f"no update was made after step {start}")
             self.save_now()
 
     def _run(self, start: int, last: int) -> bool:
@@ -355,6 +365,7 @@ class _Loop:
         return stopped
 
     def _save(self, step: int) -> None:
+        self.log.sync()
         checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
 
     def save_now(self) -> None:

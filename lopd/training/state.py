@@ -19,7 +19,8 @@ class TrainState:
     step: jax.Array
     """int32, the finished optimizer updates."""
     finite: jax.Array
-    """bool, false from the first non-finite loss or gradient on; then nothing changes any more."""
+    """bool, false from the first non-finite loss or gradient on; then nothing changes any more,
+    until a run goes on from the saved state."""
     params: qwen3.Params
     opt_state: optax.OptState
 
