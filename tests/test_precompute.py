@@ -28,8 +28,9 @@ from lopd.cache import merge, reader, schema, totals, writer
 from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.errors import UserError
-from lopd.sampling.engine import Request, Response
-from lopd.stages import heldout, precompute, rollouts
+from lopd.sampling import decode
+from lopd.sampling.engine import Request, Response, Sampling
+from lopd.stages import common, heldout, precompute, rollouts
 
 
 @pytest.fixture(scope="module")
@@ -339,19 +340,53 @@ def test_a_failed_write_stops_the_job_and_is_made_up_for(job, monkeypatch):
     assert sampled == list(range(8, 24))
 
 
-def test_a_stop_writes_full_shards_and_no_others(job, monkeypatch):
+def test_a_stop_writes_full_shards_and_no_others(job):
     ctx, artefact = job
-    seen = []
-    monkeypatch.setattr(shutdown, "requested", lambda: len(seen) >= 12)
 
     def sample(requests):
-        for i, request in enumerate(requests):
-            seen.append(i)
-            yield fake_response(i, request)
+        yield from (fake_response(i, requests[i]) for i in range(12))
+        raise shutdown.Stopped
 
     with pytest.raises(shutdown.Stopped):
         write(ctx, artefact, sample)
-    assert len(seen) == 12 and writer.missing_shards(artefact, 3) == [1, 2]
+    assert writer.missing_shards(artefact, 3) == [1, 2]
+
+
+def test_a_failed_write_is_not_hidden_by_a_stop(job, monkeypatch):
+    ctx, artefact = job
+
+    def failing(*args):
+        time.sleep(0.05)  # until the stop is there
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def sample(requests):
+        yield from (fake_response(i, requests[i]) for i in range(8))
+        raise shutdown.Stopped
+
+    monkeypatch.setattr(writer, "write_shard", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write(ctx, artefact, sample)
+
+
+def test_a_stop_waits_for_no_response(models, tmp_path, monkeypatch):
+    """No end token and 50 decode calls to the cap: asked to stop in the third, there is no other.
+
+    With several processes there is one more, as the answer is read a call late.
+    """
+    made, decode_once = [], decode.decode
+
+    def counting(*args):
+        made.append(args)
+        return decode_once(*args)
+
+    monkeypatch.setattr(decode, "decode", counting)
+    endless = {"end_ids": ()}
+    monkeypatch.setattr(common, "Sampling", lambda **fields: Sampling(**fields | endless))
+    monkeypatch.setattr(shutdown, "requested", lambda: len(made) >= 3)
+    changes = {"precompute__response_length": 400, "precompute__row_length": 411}
+    with pytest.raises(shutdown.Stopped):
+        run(models, tmp_path, "precompute", **changes, opd__row_length=411)
+    assert len(made) == 3
 
 
 # Real processes and signals.
@@ -425,14 +460,24 @@ def test_killed_at_random_instants_it_makes_the_same(models, undisturbed, tmp_pa
     assert reader.verify_records(artefact) == 320
 
 
-def test_two_processes_make_the_same(models, undisturbed, tmp_path):
-    """Each samples and scores half of the rows, as on two hosts."""
+def start_two(models, workdir) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    both = [start(models, tmp_path, common | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(models, workdir, variables | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+def test_two_processes_make_the_same(models, undisturbed, tmp_path):
+    """Each samples and scores half of the rows, as on two hosts; SIGTERM to one stops both."""
+    both = start_two(models, tmp_path)
+    assert wait_for(both[0], tmp_path, 2)
+    both[1].send_signal(signal.SIGTERM)
     for process in both:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == shutdown.EXIT_STOPPED, err
+    assert 2 <= listed(tmp_path) < 40
+    for process in start_two(models, tmp_path):
         finish(process)
     assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 

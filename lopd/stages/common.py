@@ -15,7 +15,7 @@ from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
 from lopd.objectives import ALL_TOKENS, Objective, TokenSelection
-from lopd.parallel import check_divisible, param_shardings
+from lopd.parallel import StopVote, check_divisible, param_shardings
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampler, Sampling
 from lopd.sampling.placement import sampling_mesh, slots_that_fit
@@ -173,7 +173,8 @@ def sampler(
 ) -> Sampler:
     """What answers requests (in order of finishing) for one model, and counts what it does.
 
-    `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its.
+    `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its. While it is
+    at work it raises `Stopped` a decode call or two after a signal to any process.
     """
     model, runtime = ctx.model(which), ctx.config.runtime
     sampling = Sampling(
@@ -194,4 +195,5 @@ def sampler(
         capacity=capacity,
         decode_steps=runtime.decode_steps,
         mesh=mesh,
+        check=StopVote().check,
     )

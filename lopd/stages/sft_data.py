@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lopd import parallel
 from lopd.artefact import Artefact
 from lopd.cache import totals
 from lopd.cache.schema import RESPONSE_FIELDS
@@ -44,7 +45,10 @@ def _given_responses(
     """The responses that the problems came with, as if sampled; one over the cap is cut there."""
     by_id = {problem.problem_id: problem for problem in problems}
     cap = ctx.config.sft_data.response_length
+    stop = parallel.StopVote()
     for index, request in enumerate(requests):
+        if index % 256 == 0:
+            stop.check()
         problem = by_id[request.prompt_id]
         if not problem.response:
             raise UserError(
