@@ -18,7 +18,9 @@ import time
 import jax
 import numpy as np
 import pytest
+import torch
 from conftest import random_params
+from test_model import transformers_model
 from tiny_run import REPOSITORY, SETTINGS, run, save_models, tiny_config
 
 from lopd import config as lopd_config
@@ -28,6 +30,7 @@ from lopd.cache import merge, reader, schema, totals, writer
 from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.errors import UserError
+from lopd.models import hf
 from lopd.sampling import decode
 from lopd.sampling.engine import Request, Response, Sampling
 from lopd.stages import common, heldout, precompute, rollouts
@@ -80,9 +83,61 @@ def test_records_are_what_they_say(whole, models):
         assert outputs[name] == Artefact(models / name).outputs["fingerprint"]
 
 
-def test_content_does_not_depend_on_slots(models, whole, tmp_path):
-    changes = {"runtime__slots": 32, "runtime__decode_steps": 3}
+@pytest.mark.parametrize(("slots", "decode_steps"), [(1, 8), (7, 8), (32, 3)])
+def test_content_does_not_depend_on_slots(models, whole, tmp_path, slots, decode_steps):
+    """`whole` was made with 8."""
+    changes = {"runtime__slots": slots, "runtime__decode_steps": decode_steps}
     assert content(run(models, tmp_path, "precompute", **changes)) == content(whole)
+
+
+@pytest.fixture(scope="module")
+def twins(models, tmp_path_factory):
+    """The teacher and π_ref as Transformers reads what we export, in float64."""
+    config, folder = tiny_config(), tmp_path_factory.mktemp("twins")
+    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    found = {}
+    for stage, which in (("teacher", "teacher"), ("sft", "student")):
+        (folder / stage).mkdir()
+        params = ctx.load_params(stage, which)
+        hf.save_checkpoint(folder / stage, ctx.model(which), params, end_id=1)
+        found[stage] = transformers_model(folder / stage, torch.float64)
+    return found
+
+
+def float64_logprobs(model, record, temperature=1.0, top_p=1.0) -> np.ndarray:
+    """log p of a record's response under a Transformers model: tempered, cut off, renormalised."""
+    tokens = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
+    first = len(record["prompt_tokens"]) - 1
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens[None].astype(np.int64))).logits[0, first:-1].numpy()
+    assert logits.dtype == np.float64
+    p = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+    p /= p.sum(-1, keepdims=True)
+    order = np.argsort(-p, axis=-1)
+    ordered = np.take_along_axis(p, order, -1)
+    dropped = np.cumsum(ordered, -1) - ordered >= top_p  # those before it hold enough
+    np.put_along_axis(p, order, np.where(dropped, 0, ordered), -1)
+    p /= p.sum(-1, keepdims=True)
+    return np.log(np.take_along_axis(p, record["response_tokens"][:, None].astype(int), -1)[:, 0])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_logprobs_equal_transformers_in_float64(models, whole, twins, tmp_path, top_p):
+    """All three of a dozen records, those of sampling at the cache's temperature and truncation."""
+    cache, temperature = whole, tiny_config().precompute.temperature
+    assert temperature != 1
+    if top_p < 1:
+        changes = {"precompute__prompts": 12, "precompute__top_p": top_p}
+        cache = run(models, tmp_path, "precompute", **changes)
+    records = list(Records(cache))[:12]
+    for record in records:
+        expected = {
+            "behaviour_logprobs": float64_logprobs(twins["sft"], record, temperature, top_p),
+            "ref_logprobs": float64_logprobs(twins["sft"], record),
+            "teacher_logprobs": float64_logprobs(twins["teacher"], record),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(record[name], value, atol=1e-4, rtol=0, err_msg=name)
 
 
 def test_workers_merged_are_the_single_run(models, whole, tmp_path):
