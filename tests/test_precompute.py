@@ -31,7 +31,7 @@ from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.errors import UserError
 from lopd.models import hf
-from lopd.sampling import decode
+from lopd.sampling import decode, placement
 from lopd.sampling.engine import Request, Response, Sampling
 from lopd.stages import common, heldout, precompute, rollouts
 
@@ -88,6 +88,28 @@ def test_content_does_not_depend_on_slots(models, whole, tmp_path, slots, decode
     """`whole` was made with 8."""
     changes = {"runtime__slots": slots, "runtime__decode_steps": decode_steps}
     assert content(run(models, tmp_path, "precompute", **changes)) == content(whole)
+
+
+def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
+    """By default 256 a device, which here is there, and no more than the job has responses."""
+    assert lopd_config.paper_config().runtime.slots == 0
+
+    def slots(number, responses=None):
+        config = tiny_config(runtime__slots=number)
+        ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+        params = random_params(ctx.model("student"), 0)
+        section = config.precompute
+        return common.sampler(ctx, "student", params, section, "", responses=responses).slots
+
+    devices = jax.device_count()
+    assert (slots(0), slots(0, 12), slots(20, 12), slots(8, 12)) == (256 * devices, 12, 12, 8)
+    monkeypatch.setattr(placement, "_available_host_memory", lambda: devices * 2**17)
+    assert 0 < slots(0) < 20
+    with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
+        slots(20_000)
+    with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
+        slots(20_000, 10_000)
+    assert slots(20_000, 1) == 1
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,8 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         if given(ctx):
             return _given_responses(ctx, problems, wanted)
         params = ctx.load_params("teacher", "teacher")
-        sample = common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling")
+        section, purpose = ctx.config.sft_data, "sft_data sampling"
+        sample = common.sampler(ctx, "teacher", params, section, purpose, responses=len(requests))
         return sample(wanted)
 
     def store(responses: list[Response]) -> rollouts.Finish:
