@@ -176,7 +176,7 @@ def base_config() -> ml_collections.ConfigDict:
                 # What the backward pass keeps of a layer: "none" of it is computed again, "dots",
                 # "attention", or all of it, "full" (`lopd.models.qwen3.REMAT_POLICIES`).
                 "remat": "full",
-                "slots": 128,  # responses decoded at a time; 0: as many as fit in memory
+                "slots": 0,  # responses decoded at a time; 0: as many as fit beside the weights
                 "decode_steps": 8,  # tokens decoded between looks at what has finished
                 "records_per_shard": 512,  # a kill loses the shards that are filling
                 "checkpoint_every": 100,  # steps

@@ -244,6 +244,31 @@ def any_process(flag: bool) -> bool | jax.Array:
     return _any(flags, replicated(devices))
 
 
+class StopVote:
+    """Whether any process was asked to stop, for a loop that keeps work in flight and asks at each
+    turn; with several processes, all learn of it at the same turn."""
+
+    def __init__(self):
+        self._before: bool | jax.Array = False
+
+    def agreed(self) -> bool:
+        """Asks; with several processes it answers what was asked a turn ago, without waiting."""
+        asked = any_process(shutdown.requested())
+        if jax.process_count() == 1:
+            return asked
+        before, self._before = self._before, asked
+        return bool(before)
+
+    def check(self) -> None:
+        """`agreed`, for where a stop is an exception.
+
+        Raises:
+          Stopped: if it was agreed on.
+        """
+        if self.agreed():
+            raise shutdown.Stopped
+
+
 def check_stop() -> None:
     """For loops with nothing to bring to safety; every process must call it.
 

@@ -1,5 +1,6 @@
 """Online OPD: the offline path in all but where a batch comes from."""
 
+import itertools
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import interrupt, run, tiny_config
 
-from lopd import parallel, pipeline
+from lopd import parallel, pipeline, shutdown
 from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import Context
@@ -145,6 +146,24 @@ def test_killed_and_continued_is_bit_identical(models, whole, tmp_path):
 
     interrupt(tmp_path, models, "online", instant, **SMALL)
     assert (tmp_path / "online" / "checkpoints" / "3").exists()
+    same_run(run(models, tmp_path, "online", **SMALL), whole)
+
+
+def test_stopped_while_it_samples_and_continued_is_bit_identical(
+    models, whole, tmp_path, monkeypatch
+):
+    asked = itertools.count(1)
+
+    def check(self):  # asked at each decode call, of which a step has at most six
+        if next(asked) == 12:
+            raise shutdown.Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(shutdown.Stopped):
+        patch.setattr(parallel.StopVote, "check", check)
+        run(models, tmp_path, "online", **SMALL)
+    rows = (tmp_path / "online" / "metrics.jsonl").read_text().splitlines()
+    assert 1 <= len(rows) < 8
+    assert (tmp_path / "online" / "checkpoints" / str(len(rows))).exists()  # the last whole step
     same_run(run(models, tmp_path, "online", **SMALL), whole)
 
 

@@ -18,7 +18,9 @@ import time
 import jax
 import numpy as np
 import pytest
+import torch
 from conftest import random_params
+from test_model import transformers_model
 from tiny_run import REPOSITORY, SETTINGS, run, save_models, tiny_config
 
 from lopd import config as lopd_config
@@ -28,8 +30,10 @@ from lopd.cache import merge, reader, schema, totals, writer
 from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.errors import UserError
-from lopd.sampling.engine import Request, Response
-from lopd.stages import heldout, precompute, rollouts
+from lopd.models import hf
+from lopd.sampling import decode, placement
+from lopd.sampling.engine import Request, Response, Sampling
+from lopd.stages import common, heldout, precompute, rollouts
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +83,83 @@ def test_records_are_what_they_say(whole, models):
         assert outputs[name] == Artefact(models / name).outputs["fingerprint"]
 
 
-def test_content_does_not_depend_on_slots(models, whole, tmp_path):
-    changes = {"runtime__slots": 32, "runtime__decode_steps": 3}
+@pytest.mark.parametrize(("slots", "decode_steps"), [(1, 8), (7, 8), (32, 3)])
+def test_content_does_not_depend_on_slots(models, whole, tmp_path, slots, decode_steps):
+    """`whole` was made with 8."""
+    changes = {"runtime__slots": slots, "runtime__decode_steps": decode_steps}
     assert content(run(models, tmp_path, "precompute", **changes)) == content(whole)
+
+
+def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
+    """By default 256 a device, which here is there, and no more than the job has responses."""
+    assert lopd_config.paper_config().runtime.slots == 0
+
+    def slots(number, responses=None):
+        config = tiny_config(runtime__slots=number)
+        ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+        params = random_params(ctx.model("student"), 0)
+        section = config.precompute
+        return common.sampler(ctx, "student", params, section, "", responses=responses).slots
+
+    devices = jax.device_count()
+    assert (slots(0), slots(0, 12), slots(20, 12), slots(8, 12)) == (256 * devices, 12, 12, 8)
+    monkeypatch.setattr(placement, "_available_host_memory", lambda: devices * 2**17)
+    assert 0 < slots(0) < 20
+    with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
+        slots(20_000)
+    with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
+        slots(20_000, 10_000)
+    assert slots(20_000, 1) == 1
+
+
+@pytest.fixture(scope="module")
+def twins(models, tmp_path_factory):
+    """The teacher and π_ref as Transformers reads what we export, in float64."""
+    config, folder = tiny_config(), tmp_path_factory.mktemp("twins")
+    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    found = {}
+    for stage, which in (("teacher", "teacher"), ("sft", "student")):
+        (folder / stage).mkdir()
+        params = ctx.load_params(stage, which)
+        hf.save_checkpoint(folder / stage, ctx.model(which), params, end_id=1)
+        found[stage] = transformers_model(folder / stage, torch.float64)
+    return found
+
+
+def float64_logprobs(model, record, temperature=1.0, top_p=1.0) -> np.ndarray:
+    """log p of a record's response under a Transformers model: tempered, cut off, renormalised."""
+    tokens = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
+    first = len(record["prompt_tokens"]) - 1
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens[None].astype(np.int64))).logits[0, first:-1].numpy()
+    assert logits.dtype == np.float64
+    p = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+    p /= p.sum(-1, keepdims=True)
+    order = np.argsort(-p, axis=-1)
+    ordered = np.take_along_axis(p, order, -1)
+    dropped = np.cumsum(ordered, -1) - ordered >= top_p  # those before it hold enough
+    np.put_along_axis(p, order, np.where(dropped, 0, ordered), -1)
+    p /= p.sum(-1, keepdims=True)
+    return np.log(np.take_along_axis(p, record["response_tokens"][:, None].astype(int), -1)[:, 0])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_logprobs_equal_transformers_in_float64(models, whole, twins, tmp_path, top_p):
+    """All three of a dozen records, those of sampling at the cache's temperature and truncation."""
+    cache, temperature = whole, tiny_config().precompute.temperature
+    assert temperature != 1
+    if top_p < 1:
+        changes = {"precompute__prompts": 12, "precompute__top_p": top_p}
+        cache = run(models, tmp_path, "precompute", **changes)
+    records = list(Records(cache))[:12]
+    for record in records:
+        expected = {
+            "behaviour_logprobs": float64_logprobs(twins["sft"], record, temperature, top_p),
+            "ref_logprobs": float64_logprobs(twins["sft"], record),
+            "teacher_logprobs": float64_logprobs(twins["teacher"], record),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(record[name], value, atol=1e-4, rtol=0, err_msg=name)
 
 
 def test_workers_merged_are_the_single_run(models, whole, tmp_path):
@@ -339,19 +417,53 @@ def test_a_failed_write_stops_the_job_and_is_made_up_for(job, monkeypatch):
     assert sampled == list(range(8, 24))
 
 
-def test_a_stop_writes_full_shards_and_no_others(job, monkeypatch):
+def test_a_stop_writes_full_shards_and_no_others(job):
     ctx, artefact = job
-    seen = []
-    monkeypatch.setattr(shutdown, "requested", lambda: len(seen) >= 12)
 
     def sample(requests):
-        for i, request in enumerate(requests):
-            seen.append(i)
-            yield fake_response(i, request)
+        yield from (fake_response(i, requests[i]) for i in range(12))
+        raise shutdown.Stopped
 
     with pytest.raises(shutdown.Stopped):
         write(ctx, artefact, sample)
-    assert len(seen) == 12 and writer.missing_shards(artefact, 3) == [1, 2]
+    assert writer.missing_shards(artefact, 3) == [1, 2]
+
+
+def test_a_failed_write_is_not_hidden_by_a_stop(job, monkeypatch):
+    ctx, artefact = job
+
+    def failing(*args):
+        time.sleep(0.05)  # until the stop is there
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def sample(requests):
+        yield from (fake_response(i, requests[i]) for i in range(8))
+        raise shutdown.Stopped
+
+    monkeypatch.setattr(writer, "write_shard", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write(ctx, artefact, sample)
+
+
+def test_a_stop_waits_for_no_response(models, tmp_path, monkeypatch):
+    """No end token and 50 decode calls to the cap: asked to stop in the third, there is no other.
+
+    With several processes there is one more, as the answer is read a call late.
+    """
+    made, decode_once = [], decode.decode
+
+    def counting(*args):
+        made.append(args)
+        return decode_once(*args)
+
+    monkeypatch.setattr(decode, "decode", counting)
+    endless = {"end_ids": ()}
+    monkeypatch.setattr(common, "Sampling", lambda **fields: Sampling(**fields | endless))
+    monkeypatch.setattr(shutdown, "requested", lambda: len(made) >= 3)
+    changes = {"precompute__response_length": 400, "precompute__row_length": 411}
+    with pytest.raises(shutdown.Stopped):
+        run(models, tmp_path, "precompute", **changes, opd__row_length=411)
+    assert len(made) == 3
 
 
 # Real processes and signals.
@@ -425,14 +537,24 @@ def test_killed_at_random_instants_it_makes_the_same(models, undisturbed, tmp_pa
     assert reader.verify_records(artefact) == 320
 
 
-def test_two_processes_make_the_same(models, undisturbed, tmp_path):
-    """Each samples and scores half of the rows, as on two hosts."""
+def start_two(models, workdir) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    both = [start(models, tmp_path, common | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(models, workdir, variables | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+def test_two_processes_make_the_same(models, undisturbed, tmp_path):
+    """Each samples and scores half of the rows, as on two hosts; SIGTERM to one stops both."""
+    both = start_two(models, tmp_path)
+    assert wait_for(both[0], tmp_path, 2)
+    both[1].send_signal(signal.SIGTERM)
     for process in both:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == shutdown.EXIT_STOPPED, err
+    assert 2 <= listed(tmp_path) < 40
+    for process in start_two(models, tmp_path):
         finish(process)
     assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 

@@ -1,6 +1,7 @@
 """Sampling: greedy equals Transformers, sampled tokens follow the softmax, slots do not matter."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -294,6 +295,23 @@ def test_slots_are_chosen_from_the_memory_that_is_left(one_device_mesh):
     with pytest.raises(UserError, match="response of up to 5120 positions"):
         placement.slots_for(config, capacity, per_slot - 1, shards=1, tensor=1)
     assert placement.slots_that_fit(TIED, 64, one_device_mesh) == 256
+
+
+def test_slots_that_do_not_fit_are_refused(one_device_mesh, monkeypatch):
+    per_slot = placement.slot_bytes(TIED, 64, tensor=1)
+    fits = dict(config=TIED, capacity=64, bytes_per_device=5 * per_slot, shards=4, tensor=1)
+    assert placement.slots_for(**fits, slots=20) == 20
+    assert placement.slots_for(**fits, slots=3) == 3
+    with pytest.raises(UserError, match=r"runtime.slots=21: memory is left for 20 responses"):
+        placement.slots_for(**fits, slots=21)
+    # Half of what the host has left, less what is reserved.
+    monkeypatch.setattr(placement, "_available_host_memory", lambda: 32 * per_slot)
+    left = functools.partial(placement.slots_that_fit, TIED, 64, one_device_mesh)
+    assert (left(), left(slots=16), left(reserved=16 * per_slot)) == (16, 16, 8)
+    with pytest.raises(UserError, match="lower it, or set it to 0"):
+        left(slots=9, reserved=16 * per_slot)
+    with pytest.raises(UserError, match="and 0 MiB are left beside the weights"):
+        left(reserved=64 * per_slot)
 
 
 def test_samples_of_a_prompt_differ_and_follow_the_seed(config, params):

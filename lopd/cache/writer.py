@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd import parallel
+from lopd import parallel, shutdown
 from lopd.artefact import Artefact, file_sha256, is_local, sync
 from lopd.cache import schema, totals
 from lopd.errors import UserError
@@ -156,7 +156,7 @@ class ShardWriter:
 
     def __exit__(self, kind, *_) -> None:
         self._thread.shutdown(wait=True)
-        if kind is None:
+        if kind in (None, shutdown.Stopped):
             self._wait()
 
 

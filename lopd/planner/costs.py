@@ -98,6 +98,24 @@ def training_work(
     )
 
 
+def scoring_scratch(
+    model: qwen3.Qwen3Config,
+    mesh: dict[str, int],
+    *,
+    rows: int,
+    row_length: int,
+    weight_bytes: int,
+) -> float:
+    """Bytes of one chip that a scoring pass takes beside the weights, of so many bytes each."""
+    tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
+    scratch = min(CHUNK_BYTES, 4 * tokens * model.vocab_size)
+    scratch += _working_set(model, tokens, mesh["tensor"])
+    if weight_bytes > model.compute_dtype.itemsize:
+        shards = mesh["fsdp"] * mesh["tensor"]
+        scratch += model.compute_dtype.itemsize * model_size(model).total / shards
+    return scratch
+
+
 def scoring_work(
     model: qwen3.Qwen3Config,
     mesh: dict[str, int],
@@ -109,14 +127,11 @@ def scoring_work(
 ) -> Work:
     """One forward pass over `rows`."""
     size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
-    tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
-    held = weight_bytes * size.total / shards
-    if weight_bytes > model.compute_dtype.itemsize:
-        held += model.compute_dtype.itemsize * size.total / shards
+    shape = dict(rows=rows, row_length=row_length, weight_bytes=weight_bytes)
     return Work(
         flops=forward_flops(model, rows * row_length, context),
         bytes_per_chip=size.total / mesh["tensor"] * model.compute_dtype.itemsize,
-        peak_bytes=held + CHUNK_BYTES + _working_set(model, tokens, mesh["tensor"]),
+        peak_bytes=weight_bytes * size.total / shards + scoring_scratch(model, mesh, **shape),
     )
 
 

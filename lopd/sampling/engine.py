@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +311,7 @@ def generate(
     decode_steps: int,
     mesh: Mesh | None = None,
     stats: Stats | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Response]:
     """Samples a response for every request, in the order they finish.
 
@@ -331,6 +332,8 @@ def generate(
       mesh: what `params` are spread over: slots lie over data and fsdp, heads over tensor. Every
         process of a run passes the same requests and gets the same responses.
       stats: counts what is done, for progress displays.
+      check: called before each decode call, in every process at the same ones; what it raises ends
+        the sampling, however long the responses still are.
     """
     engine = _Engine(
         config, params, sampling, slots, capacity, decode_steps, mesh, stats or Stats()
@@ -343,6 +346,8 @@ def generate(
             remain = engine.fill(group, pending)
         dispatched = group.undispatched(sampling.max_response)
         if dispatched:
+            if check:
+                check()
             in_flight.append(engine.dispatch(group, remain))
         elif not in_flight and not any(
             g.undispatched(sampling.max_response) for g in engine.groups
@@ -365,6 +370,7 @@ class Sampler:
     mesh: Mesh
     stats: Stats = dataclasses.field(default_factory=Stats)
     """Of all calls together."""
+    check: Callable[[], None] | None = None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Response]:
         """See `generate`."""
@@ -378,4 +384,5 @@ class Sampler:
             decode_steps=self.decode_steps,
             mesh=self.mesh,
             stats=self.stats,
+            check=self.check,
         )

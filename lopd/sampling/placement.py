@@ -52,8 +52,8 @@ def _available_host_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _left_per_device(mesh: Mesh) -> int:
-    """Bytes for slots on the fullest of this process' devices."""
+def _left_per_device(mesh: Mesh, reserved: int) -> int:
+    """Bytes for slots on the fullest of this process' devices; not above 0 if there are none."""
     devices = mesh.local_devices
     platform = devices[0].platform
     stats = [device.memory_stats() for device in devices]
@@ -61,7 +61,7 @@ def _left_per_device(mesh: Mesh) -> int:
         free = _available_host_memory() // len(devices)
     else:
         free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-    return int(free * _SHARE.get(platform, _SHARE_OF_ACCELERATOR))
+    return int((free - reserved) * _SHARE.get(platform, _SHARE_OF_ACCELERATOR))
 
 
 def slot_bytes(config: qwen3.Qwen3Config, capacity: int, tensor: int) -> int:
@@ -75,35 +75,59 @@ def slot_bytes(config: qwen3.Qwen3Config, capacity: int, tensor: int) -> int:
 
 
 def slots_for(
-    config: qwen3.Qwen3Config, capacity: int, bytes_per_device: int, shards: int, tensor: int
+    config: qwen3.Qwen3Config,
+    capacity: int,
+    bytes_per_device: int,
+    shards: int,
+    tensor: int,
+    slots: int = 0,
+    responses: int | None = None,
 ) -> int:
-    """The slots that fit: `bytes_per_device` / `slot_bytes` rows on each of `shards` devices.
+    """`slots` if they fit; for 0, those that do; no more than `responses`, which a job asks for.
 
-    Rounded down to a multiple of 8 rows a device, at most MAX_SLOTS_PER_DEVICE. The step of 8
+    `bytes_per_device` / `slot_bytes` rows fit on each of `shards` devices. What is chosen from them
+    is rounded down to a multiple of 8 rows a device, at most MAX_SLOTS_PER_DEVICE. The step of 8
     keeps small differences of free memory from changing compiled programs.
 
     Raises:
-      UserError: if not one slot fits.
+      UserError: if `slots`, or not one slot, fit.
     """
     per_slot = slot_bytes(config, capacity, tensor)
-    rows = min(bytes_per_device // per_slot, MAX_SLOTS_PER_DEVICE)
-    if rows < 1:
+    fitting = bytes_per_device // per_slot
+    if fitting < 1:
         raise UserError(
             f"sampling: a response of up to {capacity} positions takes {per_slot / 2**20:.0f} MiB "
-            f"per device, and {bytes_per_device / 2**20:.0f} MiB are left beside the weights: "
-            "shorten prompt_length or response_length, or raise mesh.tensor"
+            f"per device, and {max(bytes_per_device, 0) / 2**20:.0f} MiB are left beside the "
+            "weights: shorten prompt_length or response_length, or raise mesh.tensor"
         )
-    return int(rows - rows % 8 if rows >= 8 else rows) * shards
+    if -(-min(slots, responses or slots) // shards) > fitting:
+        raise UserError(
+            f"runtime.slots={slots}: memory is left for {fitting * shards} responses of up to "
+            f"{capacity} positions at a time ({per_slot / 2**20:.2g} MiB each per device, and "
+            f"{bytes_per_device / 2**20:.0f} MiB are left beside the weights): lower it, or set it "
+            "to 0 for as many as fit"
+        )
+    rows = min(fitting, MAX_SLOTS_PER_DEVICE)
+    chosen = slots or (rows - rows % 8 if rows >= 8 else rows) * shards
+    return min(chosen, responses or chosen)
 
 
-def slots_that_fit(config: qwen3.Qwen3Config, capacity: int, mesh: Mesh) -> int:
+def slots_that_fit(
+    config: qwen3.Qwen3Config,
+    capacity: int,
+    mesh: Mesh,
+    slots: int = 0,
+    responses: int | None = None,
+    reserved: int = 0,
+) -> int:
     """`slots_for` the memory that is left right now; the same number in every process.
 
-    To be called when the weights are in place.
+    To be called when the weights are in place; `reserved` bytes per device are left to what else
+    comes while slots are held.
     """
-    left = _left_per_device(mesh)
+    left = _left_per_device(mesh, reserved)
     if jax.process_count() > 1:
         # In MiB: without x64, jax arrays hold 32 bits.
         left = int(np.min(multihost_utils.process_allgather(np.int32(left >> 20)))) << 20
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return slots_for(config, capacity, left, shards, mesh.shape["tensor"])
+    return slots_for(config, capacity, left, shards, mesh.shape["tensor"], slots, responses)

@@ -15,7 +15,7 @@ from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, qwen3
 from lopd.objectives import ALL_TOKENS, Objective, TokenSelection
-from lopd.parallel import check_divisible, param_shardings
+from lopd.parallel import StopVote, check_divisible, param_shardings
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampler, Sampling
 from lopd.sampling.placement import sampling_mesh, slots_that_fit
@@ -170,10 +170,16 @@ def sampler(
     section: ml_collections.ConfigDict,
     purpose: str,
     temperature: float | None = None,
+    *,
+    responses: int | None = None,
+    reserved: int = 0,
 ) -> Sampler:
     """What answers requests (in order of finishing) for one model, and counts what it does.
 
-    `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its.
+    `section` says how (`lopd.config.sampling_section`); a `temperature` overrides its. There are no
+    more slots than `responses`, the most that a whole job asks for: the same number in a continued
+    run. They leave `reserved` bytes per device to what else comes while they are held. While it is
+    at work it raises `Stopped` a decode call or two after a signal to any process.
     """
     model, runtime = ctx.model(which), ctx.config.runtime
     sampling = Sampling(
@@ -186,12 +192,14 @@ def sampler(
     mesh = sampling_mesh(model, ctx.mesh)
     decode_params = qwen3.inference_params(model, params, param_shardings(model, mesh))
     capacity = ctx.config.prompt_length + section.response_length
+    jax.block_until_ready(decode_params)  # what making them took is free again
     return Sampler(
         model,
         decode_params,
         sampling,
-        slots=runtime.slots or slots_that_fit(model, capacity, mesh),
+        slots=slots_that_fit(model, capacity, mesh, runtime.slots, responses, reserved),
         capacity=capacity,
         decode_steps=runtime.decode_steps,
         mesh=mesh,
+        check=StopVote().check,
     )

@@ -63,7 +63,6 @@ def _grade_one(
     labels = np.full(correct.shape, None, object)
     tokens, finished, lines = 0, 0, []
     for response in responses:
-        parallel.check_stop()
         place = divmod(response.index, samples)
         problem, text = problems[place[0]], ctx.tokenizer.decode(response.tokens)
         if response.finished:
@@ -103,7 +102,13 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     with bar(total=total, label=f"eval {name}", unit="responses") as progress:
         for mode, (temperature, samples) in modes.items():
             sample = common.sampler(
-                ctx, MODELS[name], params, ctx.config.eval, "eval sampling", temperature
+                ctx,
+                MODELS[name],
+                params,
+                ctx.config.eval,
+                "eval sampling",
+                temperature,
+                responses=samples * max(len(problems) for problems, _ in tests.values()),
             )
             for test, (problems, wanted) in tests.items():
                 responses = sample([r for r in wanted if r.sample_id < samples])

@@ -62,7 +62,16 @@ class OnlineBatches:
         teacher = ctx.load_params("teacher", "teacher")
         self._score = precompute.dispatcher(ctx, "teacher", teacher, "precompute")
         # Its weights are those of the first step only; each step puts its own in their place.
-        sampler = common.sampler(ctx, "student", params, ctx.config.precompute, "online sampling")
+        moments = precompute.resident_bytes(ctx, optimizer=True) - precompute.resident_bytes(ctx)
+        sampler = common.sampler(
+            ctx,
+            "student",
+            params,
+            ctx.config.precompute,
+            "online sampling",
+            responses=recipe.batch_size,
+            reserved=moments,
+        )
         self._sampler = dataclasses.replace(sampler, params=None)
         self._to_decode = qwen3.to_inference_params(
             model, parallel.param_shardings(model, sampler.mesh)

@@ -17,6 +17,7 @@ from lopd.cache import reader, schema, totals, writer
 from lopd.context import Context
 from lopd.errors import UserError
 from lopd.models import qwen3
+from lopd.planner.costs import scoring_scratch
 from lopd.progress import bar
 from lopd.sampling.engine import Request, Response
 from lopd.scoring import TokenScores, dispatch_records
@@ -223,7 +224,15 @@ def _sampling_pass(
         return finish
 
     purpose = f"{section} sampling{student.draw}"
-    sample = common.sampler(ctx, "student", ref_params, ctx.config[section], purpose)
+    sample = common.sampler(
+        ctx,
+        "student",
+        ref_params,
+        ctx.config[section],
+        purpose,
+        responses=len(plan.requests),
+        reserved=max(_scoring_bytes(ctx, which, section) for which in scorers),
+    )
     fields = _fields(ctx) if teacher_params else schema.REF_SCORED_FIELDS
     rollouts.write_responses(artefact, plan, fields, sample, score, sample.stats)
 
@@ -270,6 +279,25 @@ def _teacher_pass(
             shards.put(index, score(schema.shard_name(index, plan.count)))
 
 
+def _resident_dtypes(ctx: Context) -> dict[str, str]:
+    """The types that the weights which score are held in (`Context.load_params`)."""
+    teacher = ctx.model("teacher").dtype if ctx.external("teacher") else "float32"
+    return {"student": "float32", "teacher": teacher}
+
+
+def _scoring_bytes(ctx: Context, which: str, section: str) -> int:
+    """Bytes per device that scoring a shard takes, by formula, while the sampler goes on."""
+    return int(
+        scoring_scratch(
+            ctx.model(which),
+            dict(ctx.mesh.shape),
+            rows=ctx.config.runtime.rows_per_micro,
+            row_length=ctx.config[section].row_length,
+            weight_bytes=np.dtype(_resident_dtypes(ctx)[which]).itemsize,
+        )
+    )
+
+
 def resident_bytes(ctx: Context, optimizer: bool = False) -> int:
     """Bytes per device that student and teacher take together while π_ref samples.
 
@@ -289,10 +317,10 @@ def resident_bytes(ctx: Context, optimizer: bool = False) -> int:
         return sum(jax.tree.leaves(parts)) * np.dtype(dtype).itemsize
 
     student = ctx.model("student").dtype
-    teacher = ctx.model("teacher").dtype if ctx.external("teacher") else "float32"
     decoding = 0 if student == "float32" else size("student", student)
-    held = (3 if optimizer else 1) * size("student", "float32")
-    return held + decoding + size("teacher", teacher)
+    dtypes = _resident_dtypes(ctx)
+    held = (3 if optimizer else 1) * size("student", dtypes["student"])
+    return held + decoding + size("teacher", dtypes["teacher"])
 
 
 def _fits_together(ctx: Context, student: Student) -> bool:

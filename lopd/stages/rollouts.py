@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lopd import parallel, shutdown
+from lopd import parallel
 from lopd.artefact import Artefact
 from lopd.cache import writer
 from lopd.context import Context
@@ -123,17 +123,17 @@ def write_responses(
       artefact: where the shards go.
       plan: from `make_plan`.
       fields: of a record.
-      sample: gives the responses in any order.
+      sample: gives the responses in any order; raises Stopped, at the same point in all
+        processes, once it should end.
       score: dispatches what is to be computed of a full shard, and returns without waiting how to
         finish it.
       stats: what the sampler counts, to be shown.
 
     Raises:
-      Stopped: after a signal.
+      Stopped: from `sample`.
     """
     wanted = [i for shard in plan.missing for i in plan.members(shard)]
     filling: dict[int, list[Response]] = {}
-    stopped = False
     with (
         bar(total=len(wanted), label=artefact.path.name, unit="responses") as progress,
         writer.ShardWriter(artefact, fields, plan.count) as shards,
@@ -149,10 +149,6 @@ def write_responses(
                 progress.set_postfix_str(shown, refresh=False)
             progress.update()
             shards.check()
-            if stopped := bool(parallel.any_process(shutdown.requested())):
-                break
-    if stopped:
-        raise shutdown.Stopped
 
 
 def finish(ctx: Context, artefact: Artefact) -> dict:

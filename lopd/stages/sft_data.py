@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lopd import parallel
 from lopd.artefact import Artefact
 from lopd.cache import totals
 from lopd.cache.schema import RESPONSE_FIELDS
@@ -44,7 +45,10 @@ def _given_responses(
     """The responses that the problems came with, as if sampled; one over the cap is cut there."""
     by_id = {problem.problem_id: problem for problem in problems}
     cap = ctx.config.sft_data.response_length
+    stop = parallel.StopVote()
     for index, request in enumerate(requests):
+        if index % 256 == 0:
+            stop.check()
         problem = by_id[request.prompt_id]
         if not problem.response:
             raise UserError(
@@ -69,7 +73,8 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         if given(ctx):
             return _given_responses(ctx, problems, wanted)
         params = ctx.load_params("teacher", "teacher")
-        sample = common.sampler(ctx, "teacher", params, ctx.config.sft_data, "sft_data sampling")
+        section, purpose = ctx.config.sft_data, "sft_data sampling"
+        sample = common.sampler(ctx, "teacher", params, section, purpose, responses=len(requests))
         return sample(wanted)
 
     def store(responses: list[Response]) -> rollouts.Finish:

@@ -47,7 +47,8 @@ class Batches(Protocol):
     ) -> Callable[[int, qwen3.Params], tuple[Batch, dict[str, float]]]:
         """To be called with each of the steps start … stop − 1, from 0, and the parameters before.
 
-        It gives this process's part of the batch, after `put`, and columns for the step's row.
+        It gives this process's part of the batch, after `put`, and columns for the step's row. It
+        may be stopped.
         """
 
     def records(self, step: int) -> list[dict]:
@@ -157,21 +158,6 @@ class _Log:
         self._bar.close()
         for writer in [*self._writers, *([self._drift] if self._drift else [])]:
             writer.close()
-
-
-class _Stop:
-    """Whether any process was asked to stop; with several, all learn of it at the same step."""
-
-    def __init__(self):
-        self._before = False
-
-    def agreed(self) -> bool:
-        """Asks; with several processes it answers what was asked a step ago, without waiting."""
-        asked = parallel.any_process(shutdown.requested())
-        if jax.process_count() == 1:
-            return asked
-        before, self._before = self._before, asked
-        return bool(before)
 
 
 class _Profile:
@@ -301,7 +287,7 @@ class _Loop:
     state: TrainState
 
     def __post_init__(self):
-        self.stop = _Stop()
+        self.stop = parallel.StopVote()
         self.profile = _Profile(self.artefact, self.runtime.profile_steps)
 
     def run_rounds(self, start: int, last: int) -> None:
@@ -337,7 +323,11 @@ class _Loop:
                 self.log.read(in_flight)  # it is waited for anyway
                 in_flight = None
             clock = time.perf_counter()
-            batch, columns = next_batch(step - 1, self.state.params)
+            try:
+                batch, columns = next_batch(step - 1, self.state.params)
+            except shutdown.Stopped:  # while it sampled
+                stopped = True
+                break
             waited = time.perf_counter() - clock
             self.profile.before(step)
             look = None
