@@ -22,17 +22,16 @@ _LIGHT = {
     "series-2": "#c2570c",
     "series-3": "#14804a",
 }
-_WIDTH, _ROW, _DPI = 720, 26, 160
-_LEFT, _RIGHT, _TOP, _BOTTOM = 190, 150, 8, 44
+_PLOT, _LETTER, _ROW, _DPI = 380, 6.4, 26, 160
+_RIGHT, _TOP, _BOTTOM = 150, 8, 44
 
 
-def _rows_axes(count: int) -> tuple[Figure, Axes]:
+def _rows_axes(names: Sequence[str]) -> tuple[Figure, Axes]:
     """A figure of rows with names at the left and room for figures at the right, in points."""
-    height = _TOP + _BOTTOM + _ROW * count
-    figure = Figure((_WIDTH / 72, height / 72), dpi=72)
-    box = (_LEFT / _WIDTH, _BOTTOM / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
-           _ROW * count / height)  # fmt: skip
-    axes = figure.add_axes(box)
+    count, left = len(names), 20 + _LETTER * max(map(len, names))
+    width, height = left + _PLOT + _RIGHT, _TOP + _BOTTOM + _ROW * count
+    figure = Figure((width / 72, height / 72), dpi=72)
+    axes = figure.add_axes((left / width, _BOTTOM / height, _PLOT / width, _ROW * count / height))
     axes.set_ylim(count - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     return figure, axes
@@ -62,12 +61,13 @@ def _bars(section: Section, results: Results, colours: dict) -> Figure | None:
     rows = [(arm, found) for arm, found in rows if found]
     if not rows:
         return None
-    figure, axes = _rows_axes(len(rows))
+    names = [arm for arm, _ in rows]
+    figure, axes = _rows_axes(names)
     for y, (arm, found) in enumerate(rows):
         axes.barh(y, 100 * found.mean, height=0.62, color=colours["series-1"], alpha=0.16)
         seeds = list(results.accuracies(arm, "greedy").values())
         _interval(axes, y, found, seeds, colours["series-1"])
-    _name_rows(axes, [arm for arm, _ in rows], [found.text() for _, found in rows], colours)
+    _name_rows(axes, names, [found.text() for _, found in rows], colours)
     axes.set_xlim(0, 101)
     axes.set_xlabel("greedy accuracy, %: mean and 95 % interval over seeds; a dot a seed",
                     color=colours["muted"])  # fmt: skip
@@ -80,14 +80,14 @@ def _pairs(section: Section, results: Results, colours: dict) -> Figure | None:
     rows = [(pair, found) for pair, found in rows if found]
     if not rows:
         return None
-    figure, axes = _rows_axes(len(rows))
     same = len({second for (_, second), _ in rows}) == 1
+    names = [first if same else f"{first} − {second}" for (first, second), _ in rows]
+    figure, axes = _rows_axes(names)
     axes.axvline(0, color=colours["muted"], linewidth=1)
     for y, (pair, found) in enumerate(rows):
         first, second = (results.accuracies(arm, "greedy") for arm in pair)
         seeds = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
         _interval(axes, y, found, seeds, colours["series-1"])
-    names = [first if same else f"{first} − {second}" for (first, second), _ in rows]
     _name_rows(axes, names, [found.text(signed=True) for _, found in rows], colours)
     axes.margins(x=0.04)
     what = f" minus {rows[0][0][1]}" if same else ""
@@ -131,7 +131,7 @@ def _cost(section: Section, results: Results, colours: dict) -> Figure | None:
     arms = [arm for arm in section.arms if results.cost(arm, KINDS[0], "seconds") is not None]
     if not arms:
         return None
-    figure, axes = _rows_axes(len(arms))
+    figure, axes = _rows_axes(arms)
     totals = []
     for y, arm in enumerate(arms):
         start = 0.0
