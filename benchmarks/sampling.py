@@ -26,7 +26,7 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from lopd.models import hf, qwen3
+from lopd.models import hf, inference, qwen3
 from lopd.platform import prepare
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
@@ -204,7 +204,7 @@ def main() -> None:
         reference = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()
-        params = qwen3.inference_params(c, stacked)
+        params = inference.inference_params(c, stacked)
         size = sum(x.size for x in jax.tree.leaves(params))
         print(f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {size / 1e6:.1f}M")
         print(

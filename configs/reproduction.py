@@ -179,8 +179,8 @@ def _sections(base):
             "ablations",
             "Ablations of the cache and the recipe",
             f"Each against the core's Lightning OPD ({passes:.3g} passes over the cache, 1 rollout "
-            f"per prompt, T = {base.precompute.temperature}, τ = {base.opd.tau}). Eight passes are "
-            "lightning_few.",
+            f"per prompt, T = {base.precompute.temperature}, τ = {base.opd.tau}). "
+            f"{4 * passes:.3g} passes are lightning_few.",
             **_against(
                 "lightning",
                 "passes_1", "passes_4", "lightning_few", "samples_4", "half_cap", "cool",

@@ -12,7 +12,7 @@ import transformers
 from conftest import TIED, random_params
 
 from lopd.errors import UserError
-from lopd.models import hf, qwen3
+from lopd.models import hf, inference, qwen3
 from lopd.models.kv_cache import empty_cache
 from lopd.sampling.engine import Request, Sampling, generate
 from lopd.scoring import token_scores
@@ -92,7 +92,7 @@ def test_greedy_generation_equals_transformers(twin):
     prompts = [rng.integers(0, twin.config.vocab_size, n).astype(np.int32) for n in (3, 11, 6)]
     responses = generate(
         twin.config,
-        qwen3.inference_params(twin.config, twin.params),
+        inference.inference_params(twin.config, twin.params),
         [Request(i, 0, prompt) for i, prompt in enumerate(prompts)],
         Sampling(temperature=0.0, max_response=64, seed=0, end_ids=(-1,)),
         slots=2,
@@ -175,7 +175,7 @@ def test_decoding_with_a_cache_equals_the_plain_forward(config, params):
     batch, length, prefill = 3, 12, np.array([5, 1, 8])
     tokens, positions, segments = inputs(config, batch, length)
     expected, _ = forward(config, params, tokens, positions, segments)
-    decode_params = qwen3.inference_params(config, params)
+    decode_params = inference.inference_params(config, params)
     cache = jax.tree.map(lambda x: x + 1e3, empty_cache(config, batch, length + 3))
     width = int(prefill.max())
     prefill_segments = (np.arange(width) < prefill[:, None]).astype(np.int32)

@@ -16,7 +16,7 @@ from test_scoring import bigram_model
 
 from lopd import parallel
 from lopd.errors import UserError
-from lopd.models import hf, presets, qwen3
+from lopd.models import hf, inference, presets, qwen3
 from lopd.models.decode_attention import CHUNK, block_rows
 from lopd.objectives import huber
 from lopd.sampling import placement
@@ -29,7 +29,7 @@ END = 1
 
 def run(config, params, requests, sampling, slots=8, **changes):
     options = dict(slots=slots, capacity=64, decode_steps=5) | changes
-    decode_params = qwen3.inference_params(config, params)
+    decode_params = inference.inference_params(config, params)
     responses = list(generate(config, decode_params, requests, sampling, **options))
     return sorted(responses, key=lambda r: r.index)
 
@@ -260,7 +260,7 @@ def test_a_mesh_gives_the_same_responses():
         assert tuple(mesh.shape.values()) == ((2, 1, 1) if exact else (2, 1, 2))
         shardings = parallel.param_shardings(config, mesh)
         spread = jax.device_put(params, parallel.param_shardings(config, trained_on))
-        spread = qwen3.inference_params(config, spread, shardings)
+        spread = inference.inference_params(config, spread, shardings)
         options = dict(slots=20, capacity=64, decode_steps=5, mesh=mesh)
         found = list(generate(config, spread, requests, sampling, **options))
         if exact:

@@ -9,14 +9,12 @@ G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.errors import UserError
 from lopd.models import moe
@@ -81,7 +79,7 @@ class Qwen3Config:
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
     """A float32 master weight with logical axis names, cast to the compute type.
 
-    Or what `to_inference_params` made of it.
+    Or what `lopd.models.inference` made of it.
     """
     if isinstance(stored := module.get_variable("params", name), OutputFirst):
         return stored
@@ -258,71 +256,6 @@ def output_head(params: Params) -> jax.Array:
     return params.get("lm_head", params["embed"])
 
 
-def inference_params(
-    config: Qwen3Config, params: Params, shardings: Params | None = None
-) -> Params:
-    """Parameters for repeated decoding; see `to_inference_params`."""
-    return to_inference_params(config, shardings)(params)
-
-
-def to_inference_params(
-    config: Qwen3Config, shardings: Params | None = None
-) -> Callable[[Params], Params]:
-    """What makes parameters for repeated decoding: compute type, one dict per layer, no stack.
-
-    It is compiled once, for weights that change. Results may share memory with what they were made
-    of: donating that ends them.
-
-    Separate layers let a cached forward update each layer's key/value buffers in place, which a
-    scan over stacked layers cannot (it would copy the whole cache every token). On CPU the matrices
-    are stored as `OutputFirst`, but for those of routers and experts.
-
-    Args:
-      config: the model's shape.
-      shardings: where the results are to lie, as a tree like `params`; by default where jit puts
-        them.
-    """
-    axes = logical_axes(config)["layers"]
-    platform = shardings["embed"].mesh.devices.flat[0].platform if shardings else None
-    turns = (platform or jax.default_backend()) == "cpu"
-
-    def store(layer, transpose):
-        """A layer's weights, or shardings, as they are to be stored."""
-
-        def store_one(axes, value):
-            contracted = _contracted(axes[1:])
-            if not turns or not contracted:
-                return value
-            order = (*range(contracted, len(axes) - 1), *range(contracted))
-            return OutputFirst(transpose(value, order), contracted)
-
-        is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree.map(store_one, axes, layer, is_leaf=is_axes)
-
-    def convert(params):
-        params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
-        layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])  # noqa: E731
-        layers = (store(layer(i), jnp.transpose) for i in range(config.num_hidden_layers))
-        return {**params, "layers": tuple(layers)}
-
-    if shardings:
-        unstacked = lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))  # noqa: E731
-        turned = lambda s, order: NamedSharding(  # noqa: E731
-            s.mesh, PartitionSpec(*(s.spec[axis] for axis in order))
-        )
-        layer = store(jax.tree.map(unstacked, shardings["layers"]), turned)
-        shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
-    return jax.jit(convert, out_shardings=shardings)
-
-
-def _contracted(axes: PartitionSpec) -> int:
-    """How many of the first axes of a dense layer's matrix a product sums over; 0 for what is no
-    such matrix: norms, routers, experts."""
-    if len(axes) < 2 or "expert" in axes:
-        return 0
-    return 1 if axes[0] == "embed" else len(axes) - 1
-
-
 def compute_params(config: Qwen3Config, params: Params) -> Params:
     """Stacked parameters with the layers' matrices in the compute type; norm scales stay as is."""
     cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 2 else x  # noqa: E731
@@ -384,7 +317,7 @@ def forward(
 
     Args:
       config: the model's shape.
-      params: stacked parameters, or those of `inference_params` when a cache is given.
+      params: stacked parameters, or those of `inference.inference_params` when a cache is given.
       tokens: int32 [B, T]; with a cache, T is 1.
       positions: int32 [B, T], the position of each token within its own sequence.
       segment_ids: int32 [B, T]. Without a cache, tokens attend only within equal ids, so several
@@ -418,7 +351,7 @@ def prefill(
 
     Args:
       config: the model's shape.
-      params: of `inference_params`.
+      params: of `inference.inference_params`.
       tokens: int32 [B, T].
       segment_ids: int32 [B, T], 1 and then 0 where the row is padded.
     """

@@ -323,7 +323,7 @@ def generate(
 
     Args:
       config: the model's shape.
-      params: from `qwen3.inference_params`.
+      params: from `inference.inference_params`.
       requests: prompts, consumed as slots come free.
       sampling: how to sample.
       slots: responses decoded at a time.

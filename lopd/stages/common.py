@@ -13,7 +13,7 @@ from lopd.data.batches import StepBatches, step_batches
 from lopd.data.packing import TokenField
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
-from lopd.models import hf, qwen3
+from lopd.models import hf, inference, qwen3
 from lopd.objectives import ALL_TOKENS, Objective, TokenSelection
 from lopd.parallel import StopVote, check_divisible, param_shardings
 from lopd.sampling.draw import Truncation
@@ -190,7 +190,7 @@ def sampler(
         truncation=Truncation(section.top_k, section.top_p, section.min_p),
     )
     mesh = sampling_mesh(model, ctx.mesh)
-    decode_params = qwen3.inference_params(model, params, param_shardings(model, mesh))
+    decode_params = inference.inference_params(model, params, param_shardings(model, mesh))
     capacity = ctx.config.prompt_length + section.response_length
     jax.block_until_ready(decode_params)  # what making them took is free again
     return Sampler(

@@ -19,7 +19,7 @@ from lopd.cache.reader import Records
 from lopd.context import Context
 from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
 from lopd.errors import UserError
-from lopd.models import qwen3
+from lopd.models import inference, qwen3
 from lopd.objectives import make_objective
 from lopd.sampling.engine import Request
 from lopd.stages import common, opd, precompute, rollouts
@@ -73,7 +73,7 @@ class OnlineBatches:
             reserved=moments,
         )
         self._sampler = dataclasses.replace(sampler, params=None)
-        self._to_decode = qwen3.to_inference_params(
+        self._to_decode = inference.to_inference_params(
             model, parallel.param_shardings(model, sampler.mesh)
         )
         self._read: tuple[int, list[dict]] = (-1, [])

@@ -1,0 +1,71 @@
+"""The parameters as repeated decoding reads them."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lopd.models import qwen3
+from lopd.models.projection import OutputFirst
+
+
+def inference_params(
+    config: qwen3.Qwen3Config, params: qwen3.Params, shardings: qwen3.Params | None = None
+) -> qwen3.Params:
+    """Parameters for repeated decoding; see `to_inference_params`."""
+    return to_inference_params(config, shardings)(params)
+
+
+def to_inference_params(
+    config: qwen3.Qwen3Config, shardings: qwen3.Params | None = None
+) -> Callable[[qwen3.Params], qwen3.Params]:
+    """What makes parameters for repeated decoding: compute type, one dict per layer, no stack.
+
+    It is compiled once, for weights that change. Results may share memory with what they were made
+    of: donating that ends them.
+
+    Separate layers let a cached forward update each layer's key/value buffers in place, which a
+    scan over stacked layers cannot (it would copy the whole cache every token). On CPU the matrices
+    are stored as `OutputFirst`, but for those of routers and experts.
+
+    Args:
+      config: the model's shape.
+      shardings: where the results are to lie, as a tree like `params`; by default where jit puts
+        them.
+    """
+    platform = jax.default_backend()
+    if shardings:
+        platform = shardings["embed"].mesh.devices.flat[0].platform
+
+    def one_layer(stacked, take):
+        """Of each leaf `take(leaf, order)`, the order that its axes are stored in."""
+
+        def store(axes, leaf):
+            contracted = _contracted(axes[1:]) if platform == "cpu" else 0
+            stored = take(leaf, (*range(contracted, len(axes) - 1), *range(contracted)))
+            return OutputFirst(stored, contracted) if contracted else stored
+
+        is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        return jax.tree.map(store, qwen3.logical_axes(config)["layers"], stacked, is_leaf=is_axes)
+
+    def convert(params):
+        params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
+        weights = lambda i: lambda x, order: x[i].transpose(order)  # noqa: E731
+        layers = (one_layer(params["layers"], weights(i)) for i in range(config.num_hidden_layers))
+        return {**params, "layers": tuple(layers)}
+
+    def sharding(x, order):
+        return NamedSharding(x.mesh, PartitionSpec(*(x.spec[1 + axis] for axis in order)))
+
+    if shardings:
+        layer = one_layer(shardings["layers"], sharding)
+        shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
+    return jax.jit(convert, out_shardings=shardings)
+
+
+def _contracted(axes: PartitionSpec) -> int:
+    """How many of the first axes of a dense layer's matrix a product sums over; 0 for what is no
+    such matrix: norms, routers, experts."""
+    if len(axes) < 2 or "expert" in axes:
+        return 0
+    return 1 if axes[0] == "embed" else len(axes) - 1
