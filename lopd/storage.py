@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import socket
@@ -60,6 +61,7 @@ def _open_bucket(bucket: str) -> None:
         raise UserError(f"{bucket}: buckets need the package gcsfs; pip install 'lopd[gcs]'")
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it reports, it raises as well
     # Other processes, and TensorStore in this one, write what a kept listing would not show.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
