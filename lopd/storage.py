@@ -58,7 +58,7 @@ def check_url(url: str) -> None:
 def _open_bucket(bucket: str) -> None:
     """Sets the bucket's client up and sees that it answers, once in a process."""
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{bucket}: buckets need the package gcsfs; pip install 'lopd[gcs]'")
+        raise UserError(f"{bucket}: buckets need packages; pip install gcsfs google-cloud-storage")
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it reports, it raises as well

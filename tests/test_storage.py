@@ -34,7 +34,7 @@ def test_settings_are_looked_at_for_urls_before_work(tmp_path):
 
 def test_a_bucket_needs_gcsfs(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"gs://unseen: .* pip install 'lopd\[gcs\]'"):
+    with pytest.raises(UserError, match=r"gs://unseen: .* pip install gcsfs"):
         storage.absolute("gs://unseen/run")
 
 
