@@ -9,6 +9,7 @@ import functools
 import http.server
 import io
 import json
+import logging
 import pathlib
 import re
 import threading
@@ -117,6 +118,7 @@ class Bucket:
 @contextlib.contextmanager
 def serve() -> Iterator[Bucket]:
     """A server for as long as the block runs."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each 404 otherwise
     storage = Storage(use_memory_fs=True)
     for name in (BUCKET, READ_ONLY):
         create_bucket(name, storage)
