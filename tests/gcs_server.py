@@ -66,9 +66,9 @@ class _Handler(RequestHandler):
         if status:
             self.send_response(status)
             self.end_headers()
-        else:
+            return
+        with contextlib.suppress(BrokenPipeError):  # gcsfs asks twice, and takes the first answer
             getattr(self, f"do_{self.command}")()
-        self.wfile.flush()
 
     def end_headers(self):
         """Adds the generation to what is read."""
