@@ -101,9 +101,10 @@ class _Log:
     ):
         settings = artefact.manifest["settings"]
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
-        self._drift = None
-        if drift and parallel.is_main():
-            self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
+        self._drift_writers = []
+        if drift and self._writers:  # a file of its own; the others tell rows apart by their names
+            file = MetricsFile(artefact.path / "drift.jsonl", start)
+            self._drift_writers = [file, *self._writers[1:]]
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
         counts = jnp.arange(recipe.steps)
@@ -136,6 +137,8 @@ class _Log:
         if self._peak:
             row["utilisation"] = row["flops"] / seconds / self._peak
             shown["util"] = f"{row['utilisation']:.0%}"
+        else:
+            shown["FLOP/s"] = self._bar.format_sizeof(row["flops"] / seconds)
         for writer in self._writers:
             writer.write({"step": item.step, **row, **item.columns})
         self._bar.set_postfix(shown, refresh=False)
@@ -143,20 +146,20 @@ class _Log:
         if drift is None:
             return None
         panel = panel_row(item.step, *drift)
-        if self._drift is not None:
-            self._drift.write(panel)
+        for writer in self._drift_writers:
+            writer.write(panel)
         return panel
 
     def sync(self) -> None:
         """Puts the rows so far on disk, as going on from a later checkpoint writes none of them."""
-        for writer in [*self._writers, self._drift]:
+        for writer in [*self._writers, *self._drift_writers[:1]]:
             if isinstance(writer, MetricsFile):
                 writer.sync()
 
     def close(self) -> None:
         """Closes the files and the live line."""
         self._bar.close()
-        for writer in [*self._writers, *([self._drift] if self._drift else [])]:
+        for writer in [*self._writers, *self._drift_writers[:1]]:
             writer.close()
 
 
@@ -259,6 +262,7 @@ def train(
         loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state)
         try:
             loop.run_rounds(start, recipe.steps)
+            failure.forget_overcome(artefact, recipe.steps)
         except _NotFinite as error:
             loop.save_now()
             step, row = error.args
@@ -357,6 +361,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self.log.sync()
         checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+        failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:
         """Saves the state, unless that step is saved, and waits until it is on disk."""
