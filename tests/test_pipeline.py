@@ -259,4 +259,9 @@ def test_damaged_weights_are_found(whole, tmp_path):
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    refused(run(tmp_path / "w", "opd"), shard.name, "damaged")
+    (tmp_path / "w" / "report.html").unlink()
+    done = run(tmp_path / "w", "opd")
+    refused(done, shard.name, "damaged")
+    # A run that failed leaves its page too.
+    assert f"report: {tmp_path / 'w' / 'report.html'}" in done.stdout
+    assert "Not finished: opd." in (tmp_path / "w" / "report.html").read_text()

@@ -184,7 +184,7 @@ def stage_plots(
     """
     plots, missing = [], []
     chosen = _RUNNING if running else {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
-    key = f"{stage}-running" if running else stage
+    key = f"{stage}-r" if running else stage
     for number, panel in enumerate(chosen):
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
@@ -235,8 +235,12 @@ def _of_rollouts(run: Run) -> list[tuple[str, dict]]:
     return found
 
 
-_ALONG = {"kl_teacher": "KL(π_θ‖π_T)", "kl_ref": "KL(π_ref‖π_θ)", "entropy": "Entropy"}
-"""What drift.jsonl has by position beside the advantage."""
+_ALONG = {
+    "kl_teacher": ("KL(π_θ‖π_T)", True),
+    "kl_ref": ("KL(π_ref‖π_θ)", True),
+    "entropy": ("Entropy", False),
+}
+"""What drift.jsonl has by position beside the advantage, and whether it spans much."""
 
 
 def _of_drift(run: Run) -> list[tuple[str, dict]]:
@@ -313,9 +317,9 @@ def advantage_plots(runs: Sequence[Run]) -> list[Plot]:
             _position_plot(f"position-{key}", shown, "advantage", title, f"mean {unit}", zero=True),
             _histogram_plot(f"histogram-{key}", shown, f"Histogram{suffix}", unit),
         ]
-        for name, what in _ALONG.items():
-            title, y_label = f"{what} along a response{suffix}", "mean, nats per token"
-            plots.append(_position_plot(f"{name}-{key}", shown, name, title, y_label))
+        for name, (what, log) in _ALONG.items():
+            title, y_label = f"{what} along a response", "mean, nats per token"
+            plots.append(_position_plot(f"{name}-{key}", shown, name, title, y_label, log=log))
     return [plot for plot in plots if plot]
 
 
