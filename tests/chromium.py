@@ -47,8 +47,8 @@ class View:
     console: list[str]
     content_width: int
     background: str
-    html: str
-    picture: bytes
+    html: str = dataclasses.field(repr=False)
+    picture: bytes = dataclasses.field(repr=False)
 
 
 class _DevTools:
