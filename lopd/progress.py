@@ -156,8 +156,8 @@ class WandB:
         self._run.log(values, step=row["step"])
 
     def close(self) -> None:
-        """Ends the report."""
-        self._run.finish()
+        """Ends the report; called while an error passes through, it is that of a failed run."""
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:

@@ -9,9 +9,9 @@ import chromium
 import numpy as np
 import pytest
 
-from lopd import report
+from lopd import pipeline, report, shutdown
 from lopd.artefact import FORMAT_VERSION, Artefact
-from lopd.config import STAGES
+from lopd.config import STAGES, base_config
 from lopd.errors import UserError
 from lopd.report import __main__ as report_main
 from lopd.report import panels, reading, texts
@@ -409,6 +409,23 @@ def test_failing_report_is_a_warning(tmp_path, capsys):
     assert report.write_after_run(run) is None
     warning = capsys.readouterr().err
     assert warning.startswith("lopd: warning: no report (") and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seconds", "pages"), [(0.0, 1), (3.0, 1), (20.0, 0)])
+def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, seconds, pages):
+    """A machine that is taken away gives half a minute, of which saving may take most."""
+
+    def stop(*_):
+        raise shutdown.Stopped
+
+    for check in ("check_settings", "_check_artefacts"):
+        monkeypatch.setattr(pipeline, check, lambda *_: None)
+    monkeypatch.setattr(pipeline, "run_stage", stop)
+    monkeypatch.setattr(shutdown, "seconds_since_request", lambda: seconds)
+    write_stage(tmp_path, "teacher", complete=False)
+    with pytest.raises(shutdown.Stopped):
+        pipeline.run(base_config(), str(tmp_path), ("teacher",))
+    assert len([*tmp_path.glob("report.html")]) == pages
 
 
 # Walks through what a reader can do, for the console to be silent about all of it.
