@@ -87,6 +87,21 @@ def flat(row: dict, prefix: str = "") -> Iterator[tuple[str, float | dict]]:
             yield f"{prefix}{name}", x
 
 
+def _tensorboard_histogram(histogram: dict) -> dict:
+    """A histogram as arguments of tensorboardX; its sums are those of the bins' middles."""
+    edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"])
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {
+        "min": float(edges[0]),
+        "max": float(edges[-1]),
+        "num": int(counts.sum()),
+        "sum": float(counts @ middles),
+        "sum_squares": float(counts @ middles**2),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": counts.tolist(),
+    }
+
+
 class TensorBoard:
     """The same rows as TensorBoard event files."""
 
@@ -101,24 +116,11 @@ class TensorBoard:
         step = row["step"]
         for name, x in flat(row):
             if isinstance(x, dict):
-                self._histogram(name, np.asarray(x["edges"]), np.asarray(x["counts"]), step)
+                arguments = _tensorboard_histogram(x)
+                self._writer.add_histogram_raw(name, **arguments, global_step=step)
             else:
                 self._writer.add_scalar(name, x, step)
         self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
-
-    def _histogram(self, name: str, edges: np.ndarray, counts: np.ndarray, step: int) -> None:
-        middles = (edges[1:] + edges[:-1]) / 2
-        self._writer.add_histogram_raw(
-            name,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(counts.sum()),
-            sum=float(counts @ middles),
-            sum_squares=float(counts @ middles**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
 
     def close(self) -> None:
         """Writes what is still in memory and closes the file."""

@@ -101,10 +101,9 @@ class _Log:
     ):
         settings = artefact.manifest["settings"]
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
-        self._drift_writers = []
-        if drift and self._writers:  # a file of its own; the others tell rows apart by their names
-            file = MetricsFile(artefact.path / "drift.jsonl", start)
-            self._drift_writers = [file, *self._writers[1:]]
+        self._drift = None
+        if drift and parallel.is_main():
+            self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
         counts = jnp.arange(recipe.steps)
@@ -146,20 +145,22 @@ class _Log:
         if drift is None:
             return None
         panel = panel_row(item.step, *drift)
-        for writer in self._drift_writers:
-            writer.write(panel)
+        if self._drift is not None:
+            # A file of its own; the other writers tell the two rows apart by the names in them.
+            for writer in [self._drift, *self._writers[1:]]:
+                writer.write(panel)
         return panel
 
     def sync(self) -> None:
         """Puts the rows so far on disk, as going on from a later checkpoint writes none of them."""
-        for writer in [*self._writers, *self._drift_writers[:1]]:
+        for writer in [*self._writers, self._drift]:
             if isinstance(writer, MetricsFile):
                 writer.sync()
 
     def close(self) -> None:
         """Closes the files and the live line."""
         self._bar.close()
-        for writer in [*self._writers, *self._drift_writers[:1]]:
+        for writer in [*self._writers, *([self._drift] if self._drift else [])]:
             writer.close()
 
 
