@@ -239,7 +239,7 @@ def step_indices(size: int, seed: int, batch_size: int) -> grain.MapDataset:
     record is dropped.
     """
     # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
-    indices = grain.MapDataset.source(range(size)).seed(seed).shuffle().repeat()
+    indices = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return indices.batch(batch_size, batch_fn=np.array)
 
 

@@ -56,7 +56,9 @@ class TokenSelection:
 
     def mask(self, response_tokens: np.ndarray) -> np.ndarray:
         """What may be trained on of a response, bool [R]."""
-        keep = ~np.isin(response_tokens, self.masked_ids)
+        keep = np.ones(len(response_tokens), bool)
+        for token in self.masked_ids:
+            keep &= response_tokens != token
         keep[int(_share(np.float32(len(keep)), self.position_fraction)) :] = False
         return keep
 
