@@ -76,7 +76,7 @@ def main() -> None:
     recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
     folder = tempfile.TemporaryDirectory()
     batches = step_batches(
-        Records(make_cache(os.path.join(folder.name, "cache"), short_records(3840))),
+        Records(make_cache(os.path.join(folder.name, "cache"), short_records(12_000))),
         seed=0,
         batch_size=128,
         row_length=128,

@@ -1,6 +1,7 @@
 """What a record holds, and the names of the files."""
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -67,7 +68,9 @@ def shard_name(index: int, count: int) -> str:
 
 
 def _is_logprob(values: np.ndarray) -> bool:
-    return bool(values.min() > -np.inf and values.max() <= 1e-3)  # neither holds with a NaN
+    # Neither holds with a NaN. The ufuncs themselves take half the time of min() and max().
+    lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
+    return bool(lowest > -np.inf and highest <= 1e-3)
 
 
 def _check_top_k(record: dict, where: str) -> None:
@@ -124,20 +127,20 @@ def parser(description: dict) -> Callable[[bytes], dict]:
     It gives what TFDS' `deserialize_example_np` does, which takes most of the time of making a
     batch of short responses.
     """
-    fields = [
-        (name, np.dtype(dtype), [-1 if size is None else size for size in shape])
-        for name, (dtype, shape) in description.items()
-    ]
+    lists = {"f": "float_list.value", "i": "int64_list.value", "b": "int64_list.value"}
+    fields = []
+    for name, (dtype, shape) in description.items():
+        kind = np.dtype(dtype).kind
+        read, scalar = operator.attrgetter(lists[kind]), bool if kind == "b" else int
+        sizes = [-1 if size is None else size for size in shape]
+        fields.append((name, read, scalar, np.dtype(dtype), sizes))
 
     def parse(data: bytes) -> dict:
         features, record = tf_example_pb2.Example.FromString(data).features.feature, {}
-        for name, dtype, shape in fields:
-            feature = features[name]
-            values = (feature.float_list if dtype.kind == "f" else feature.int64_list).value
-            if shape:
-                record[name] = np.array(values, dtype).reshape(shape)
-            else:
-                record[name] = bool(values[0]) if dtype.kind == "b" else values[0]
+        for name, read, scalar, dtype, sizes in fields:
+            values = read(features[name])
+            value = np.array(values, dtype) if sizes else scalar(values[0])
+            record[name] = value.reshape(sizes) if len(sizes) > 1 else value
         return record
 
     return parse

@@ -59,7 +59,8 @@ class TokenSelection:
         keep = np.ones(len(response_tokens), bool)
         for token in self.masked_ids:
             keep &= response_tokens != token
-        keep[int(_share(np.float32(len(keep)), self.position_fraction)) :] = False
+        if self.position_fraction < 1:
+            keep[int(_share(np.float32(len(keep)), self.position_fraction)) :] = False
         return keep
 
     def count(self, response_tokens: np.ndarray) -> int:
