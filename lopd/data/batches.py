@@ -26,7 +26,7 @@ RESPONSE_STATS = (
 )
 """Columns of `response_stats`: sums over the responses of a packed row.
 
-`positions` are the row positions that a response takes with its prompt; `repetition` is
+`positions` are the row positions that a response takes with its prompt; `repetition` is of
 `repeated_shares`.
 """
 

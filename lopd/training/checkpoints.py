@@ -168,7 +168,7 @@ def _checksum(metadata: dict[str, Any]) -> str:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error in reading a checkpoint is its files' fault, and will come again."""
+    """Whether an error in reading a checkpoint is the fault of what its files hold."""
     if type(error) is Exception and error.__cause__ is not None:  # around one of TensorStore's
         error = error.__cause__
     if not isinstance(error, _DAMAGE):
