@@ -14,7 +14,7 @@ from lopd.artefact import MANIFEST, Artefact, open_complete
 from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
-from lopd.models import hf
+from lopd.models import hf, hf_config
 from lopd.models.qwen3 import Params, Qwen3Config
 from lopd.tasks import Task, make_task
 from lopd.training import checkpoints
@@ -78,7 +78,7 @@ class Context:
             except TypeError as error:
                 raise UserError(f"{which}.model: {error}") from error
         elif checkpoint:
-            model = hf.checkpoint_config(hf.resolve_checkpoint(checkpoint))
+            model = hf_config.checkpoint_config(hf.resolve_checkpoint(checkpoint))
         elif self.given(stage):
             model = Qwen3Config(**self.input(stage).outputs["model"])
         else:

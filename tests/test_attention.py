@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TIED
+from jax.experimental.pallas import tpu as pltpu
 
 from lopd import parallel
 from lopd.models import attention, blocked_attention, decode_attention, qwen3
@@ -77,27 +78,59 @@ def test_xla_equals_float64(monkeypatch, length):
     check_equals_float64(attention.xla_attention, length)
 
 
-def test_decoding_equals_float64_in_blocks_of_rows():
-    """Rows of 1 to 384 positions, which share a block with others of like length; every row bit
-    for bit whatever the other rows hold."""
-    B, H, K, N, C = 24, 4, 2, 128, 384
-    assert decode_attention.block_rows(K, C, N, 4) < B
+def decoding_inputs(B, H, K, C, N=128):
+    """float32 queries, keys and values of B rows, and how many positions each holds."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=shape) for shape in ((B, H, N), (B, K, C, N), (B, K, C, N)))
+    shapes = (B, H, N), (B, K, C, N), (B, K, C, N)
     lengths = rng.integers(1, C + 1, B)
     lengths[:4] = 1, 128, 129, C
-    attend = jax.jit(decode_attention.attend_filled)
-    found = np.asarray(attend(*map(jnp.float32, (q, k, v)), jnp.asarray(lengths)))
-    for b, h in np.ndindex(B, H):
-        keys, values = (x[b, h // (H // K), : lengths[b]] for x in (k, v))
-        scores = N**-0.5 * keys @ q[b, h]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes], lengths
+
+
+def float64_decoding(q, k, v, lengths):
+    out = np.zeros(q.shape)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    for b, h in np.ndindex(q.shape[:2]):
+        keys, values = (x[b, h * k.shape[1] // q.shape[1], : lengths[b]] for x in (k, v))
+        scores = q.shape[2] ** -0.5 * keys @ q[b, h]
         weights = np.exp(scores - scores.max())
-        np.testing.assert_allclose(found[b, h], weights @ values / weights.sum(), atol=1e-5)
-    others = np.where(np.arange(B) % 2, lengths, rng.integers(1, C + 1, B))
-    again = np.asarray(attend(*map(jnp.float32, (q, k, v)), jnp.asarray(others)))
+        out[b, h] = weights @ values / weights.sum()
+    return out
+
+
+def check_rows_do_not_see_others(attend, arrays, lengths):
+    """Every row is bit for bit the same whatever the other rows hold."""
+    found = np.asarray(attend(*arrays, lengths))
+    changed = np.random.default_rng(1).integers(1, arrays[1].shape[2] + 1, len(lengths))
+    others = np.where(np.arange(len(lengths)) % 2, lengths, changed)
     same = lengths == others
-    assert 8 < same.sum() < B
-    np.testing.assert_array_equal(again[same], found[same])
+    assert len(lengths) / 3 < same.sum() < len(lengths)
+    np.testing.assert_array_equal(np.asarray(attend(*arrays, others))[same], found[same])
+
+
+def test_decoding_equals_float64_in_blocks_of_rows():
+    """Rows of 1 to 384 positions, which share a block with others of like length."""
+    arrays, lengths = decoding_inputs(B=24, H=4, K=2, C=384)
+    assert decode_attention.block_rows(2, 384, 128, 4) < 24
+    attend = jax.jit(decode_attention.attend_filled)
+    np.testing.assert_allclose(
+        attend(*arrays, lengths), float64_decoding(*arrays, lengths), atol=1e-5
+    )
+    check_rows_do_not_see_others(attend, arrays, lengths)
+
+
+def test_decoding_on_tpu_equals_float64(monkeypatch):
+    """The program of JAX's kernel, interpreted. It reads four chunks of 128 at a time: the row of
+    640 positions ends within its second piece, which is filled up with pages that are not its."""
+    monkeypatch.setattr(decode_attention, "current_platform", lambda: "tpu")
+    arrays, lengths = decoding_inputs(B=6, H=4, K=2, C=640)
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    with pltpu.force_tpu_interpret_mode():
+        attend = jax.jit(decode_attention.attend_filled)
+        assert "paged_attention" in attend.lower(*arrays, lengths).as_text()
+        found = np.float32(attend(*arrays, lengths))
+        check_rows_do_not_see_others(attend, arrays, lengths)
+    np.testing.assert_allclose(found, float64_decoding(*arrays, lengths), atol=0.01)
 
 
 def test_splash_kernel_equals_float64():

@@ -16,7 +16,7 @@ from test_model import MOE, UNTIED, transformers_model
 
 from lopd import parallel
 from lopd.errors import UserError
-from lopd.models import hf, qwen3
+from lopd.models import hf, hf_config, qwen3
 from lopd.models.presets import PRESETS
 
 # What the hub's config.json of two models says (Transformers 4 style).
@@ -254,7 +254,7 @@ def test_import_holds_two_tensors_at_most(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_is_the_preset(name):
-    assert hf.config_from_hf(PUBLISHED[name]) == PRESETS[name]
+    assert hf_config.config_from_hf(PUBLISHED[name]) == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -290,14 +290,14 @@ def test_other_architecture_is_refused(checkpoint, one_device_mesh):
 )
 def test_unimplemented_feature_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=f"{message}.*not implemented"):
-        hf.config_from_hf(PUBLISHED["Qwen3-30B-A3B"] | changes)
+        hf_config.config_from_hf(PUBLISHED["Qwen3-30B-A3B"] | changes)
 
 
 @pytest.mark.parametrize("field", ["head_dim", "rope_theta", "num_experts"])
 def test_missing_field_is_named(field):
     values = {k: v for k, v in PUBLISHED["Qwen3-30B-A3B"].items() if k != field}
     with pytest.raises(UserError, match=f"config.json lacks {field}"):
-        hf.config_from_hf(values)
+        hf_config.config_from_hf(values)
 
 
 def test_missing_and_damaged_config(checkpoint, one_device_mesh):

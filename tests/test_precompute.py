@@ -577,6 +577,7 @@ def test_sigterm_stops_with_full_shards_closed(models, undisturbed, tmp_path):
     assert "stopped; the same command continues" in err
     assert 2 <= listed(tmp_path) < 40
     assert not list((tmp_path / "precompute").glob("*.tmp"))
+    assert "Not finished: precompute." in (tmp_path / "report.html").read_text()
     assert "continued" in finish(start(models, tmp_path))
     assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 

@@ -31,6 +31,7 @@ from lopd.config import base_config, training_recipe
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.objectives import cross_entropy, lightning_opd
+from lopd.report import write_report
 from lopd.training import checkpoints
 from lopd.training.state import (
     abstract_state,
@@ -353,23 +354,25 @@ def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
     data = batches(source=source)
     bad = int(data.indices[4][3])
     first = next(n for n in range(9) if bad in data.indices[n]) + 1
+    stage = tmp_path / "opd"
     source[bad]["teacher_logprobs"] = source[bad]["teacher_logprobs"] * np.nan
     with pytest.raises(UserError, match=f"step {first} has loss nan .*1 of its 8 .* {100 + bad}/0"):
-        run_training(tmp_path, steps=9, data=data)
-    report = json.loads((tmp_path / "failure.json").read_text())
+        run_training(stage, steps=9, data=data)
+    report = json.loads((stage / "failure.json").read_text())
     wrong = [r["prompt_id"] for r in report["records"] if not r["finite"]]
     assert report["step"] == first and wrong == [100 + bad] and len(report["records"]) == 8
-    assert [r["step"] for r in training_run.rows_of(tmp_path)[0]] == [*range(1, first)]
+    assert [r["step"] for r in training_run.rows_of(stage)[0]] == [*range(1, first)]
     # What was saved is the state of an untroubled run of so many steps.
     if first > 1:
         untroubled = run_training(tmp_path / "w", steps=first - 1, data=batches())[0]
-        saved = ocp.StandardCheckpointer().restore(
-            tmp_path / "checkpoints" / str(first - 1) / "state"
-        )
+        saved = ocp.StandardCheckpointer().restore(stage / "checkpoints" / str(first - 1) / "state")
         assert params_fingerprint(saved["params"]) == untroubled
     assert (first - 1) % 3  # it was saved because of the stop
-    continued = run_training(tmp_path, steps=9, data=batches())
+    page = write_report([tmp_path]).read_text()
+    assert f"opd failed at step {first}<" in page and f"<code>{100 + bad}/0</code>" in page
+    continued = run_training(stage, steps=9, data=batches())
     assert continued == run_training(tmp_path / "whole", steps=9)
+    assert not (stage / "failure.json").exists()
 
 
 def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):

@@ -70,7 +70,18 @@ def mesh_of(data, fsdp, tensor):
     return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
-def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, recipe=(), **runtime):
+def run(
+    path,
+    objective="opd",
+    *,
+    mesh,
+    steps=STEPS,
+    data=None,
+    params=None,
+    recipe=(),
+    tensorboard=False,
+    **runtime,
+):
     """Trains, and returns the parameters' fingerprint and the rows without times.
 
     The objectives are "opd", "plain" (the same without its drift panel) and "sft".
@@ -82,7 +93,7 @@ def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, rec
     artefact = Artefact(path)
     settings = base_config()
     settings.runtime.update({"checkpoint_every": CHECKPOINT_EVERY, "drift_every": 7, **runtime})
-    settings.metrics.tensorboard = False
+    settings.metrics.tensorboard = tensorboard
     data = batches(mesh) if data is None else data
     loss = cross_entropy() if objective == "sft" else lightning_opd(1.0)
     drift = None

@@ -1,10 +1,10 @@
 """Attention of one new token per row to the keys and values that the row holds so far.
 
-Keys are read in chunks, with a running softmax (arXiv 1805.02867), up to the longest row of a
-block and no further: one compiled program for every length. A chunk past a row's own length
-changes nothing of its result, not even the last bit, so that a row does not depend on how long
-its neighbours are. (A cache cut to the longest row before an ordinary softmax would: its sums are
-then taken in another order.)
+Keys are read in chunks, with a running softmax (arXiv 1805.02867): one compiled program for every
+length. On TPU each row is read up to its own length, elsewhere up to the longest row of a block
+and no further. A chunk past a row's own length changes nothing of its result, not even the last
+bit, so that a row does not depend on how long its neighbours are. (A cache cut to the longest row
+before an ordinary softmax would: its sums are then taken in another order.)
 
 Shape letters: B rows, C capacity, K key/value heads, G query heads of each, N head dim.
 """
@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from lopd.models.sharding import current_platform
 
@@ -22,6 +23,9 @@ CHUNK = 128
 _BLOCK_BYTES = 2**20
 """On CPU, of one chunk of a block's keys, so that it stays in a cache: fastest of 256 KiB to 2 MiB
 for rows of 16 to 576 positions."""
+
+_PAGES = 4
+"""On TPU, chunks that are read in one piece: 128 KiB of a head's keys in bfloat16."""
 
 _MASKED = -1e30
 
@@ -51,6 +55,10 @@ def attend_filled(
     B, H, N = q_BHN.shape
     K, C = k_BKCN.shape[1:3]
     q_BKGN = q_BHN.reshape(B, K, H // K, N)
+    # The kernel takes the keys to bfloat16, and reads whole lanes.
+    fits_pages = k_BKCN.dtype == jnp.bfloat16 and N % 128 == 0 and C % CHUNK == 0
+    if current_platform() == "tpu" and fits_pages:
+        return attend_pages(q_BKGN, k_BKCN, v_BKCN, lengths_B).reshape(B, H, N)
     chunk = min(CHUNK, C)
     rows = math.gcd(B, block_rows(K, C, N, k_BKCN.dtype.itemsize) or B)
     if rows == B:
@@ -68,6 +76,26 @@ def attend_filled(
         out = jax.lax.fori_loop(0, B // rows, attend_rows, jnp.zeros_like(q_BKGN))
         out = out[jnp.argsort(order)]
     return out.reshape(B, H, N)
+
+
+def attend_pages(
+    q_BKGN: jax.Array, k_BKCN: jax.Array, v_BKCN: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    """`attend_filled` by JAX's paged attention for TPU, [B, K, G, N]: every head of every row is a
+    sequence of its own there, and its pages are the chunks of the cache, where they lie."""
+    B, K, G, N = q_BKGN.shape
+    pages = k_BKCN.shape[2] // CHUNK
+    # Past the last page the last one stands, masked by the length like all past it.
+    page = jnp.minimum(jnp.arange(-(-pages // _PAGES) * _PAGES), pages - 1)
+    out = paged_attention(
+        q_BKGN.reshape(B * K, G, N) * N**-0.5,
+        k_BKCN.reshape(1, B * K * pages, CHUNK, N),
+        v_BKCN.reshape(1, B * K * pages, CHUNK, N),
+        jnp.repeat(lengths_B, K),
+        jnp.arange(B * K)[:, None] * pages + page,
+        pages_per_compute_block=_PAGES,
+    )
+    return out.reshape(B, K, G, N)
 
 
 def _attend_block(q, k_BKCN, v_BKCN, lengths, own, chunk):

@@ -1,4 +1,4 @@
-"""Qwen3 in Hugging Face's format, in and out: one table says where every tensor goes.
+"""Qwen3's weights in Hugging Face's format, in and out: one table says where every tensor goes.
 
 Weights travel one tensor at a time from the files straight into their sharding on the mesh, and
 one file at a time back, so that the host never holds a model.
@@ -10,8 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import huggingface_hub
 import jax
@@ -27,6 +26,7 @@ from lopd import parallel
 from lopd.artefact import write_atomically
 from lopd.errors import UserError
 from lopd.models import qwen3, safetensors_file
+from lopd.models.hf_config import checkpoint_config, config_to_hf, read_json
 from lopd.models.qwen3 import Params, Qwen3Config
 from lopd.models.safetensors_file import StoredTensor
 
@@ -34,8 +34,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
-
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 _NAMES = {
     ("embed",): "model.embed_tokens.weight",
@@ -113,130 +111,6 @@ def _file_sharding(
     return result
 
 
-# config.json
-
-
-def _read_json(path: epath.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: not a Hugging Face checkpoint") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
-    """The settings of a `config.json` that this model does not have, as `name=value`."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    layer_types = set(values.get("layer_types") or ()) - {"full_attention"}
-    refused = {
-        "attention_bias": values.get("attention_bias"),
-        "use_sliding_window": values.get("use_sliding_window"),
-        "layer_types": sorted(layer_types),
-        "mlp_only_layers": values.get("mlp_only_layers"),
-        "quantization_config": values.get("quantization_config"),
-    }
-    yield from (f"{name}={value!r}" for name, value in refused.items() if value)
-    expected = {
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "decoder_sparse_step": (values.get("decoder_sparse_step", 1), 1),
-    }
-    yield from (f"{k}={found!r}" for k, (found, wanted) in expected.items() if found != wanted)
-
-
-def config_from_hf(values: Mapping[str, Any]) -> Qwen3Config:
-    """The shape that a checkpoint's `config.json` describes.
-
-    Reads what Transformers 4 wrote (`rope_theta`, `torch_dtype`, `num_experts`) and what 5 writes
-    (`rope_parameters`, `dtype`, `num_local_experts`). A bfloat16 checkpoint computes in bfloat16;
-    any other, float16 included, in float32.
-
-    Raises:
-      UserError: if it is not a Qwen3 language model, lacks a field, or uses what is not
-        implemented (attention bias, sliding window, scaled RoPE, dense layers between experts,
-        quantised weights).
-    """
-    kind, architectures = values.get("model_type"), values.get("architectures")
-    known = kind in _ARCHITECTURES
-    if not known or architectures not in (None, [_ARCHITECTURES[kind]]):
-        raise UserError(
-            f"config.json describes model_type={kind!r}, architectures={architectures}; only "
-            f"{' and '.join(_ARCHITECTURES.values())} are implemented"
-        )
-    unsupported = list(_unsupported(values))
-    if unsupported:
-        raise UserError(f"config.json asks for {', '.join(unsupported)}, which is not implemented")
-    rope = values.get("rope_parameters") or {}
-    stored = values.get("dtype", values.get("torch_dtype"))
-    try:
-        experts = {}
-        if kind == "qwen3_moe":
-            experts = dict(
-                num_experts=values.get("num_local_experts") or values["num_experts"],
-                num_experts_per_tok=values["num_experts_per_tok"],
-                moe_intermediate_size=values["moe_intermediate_size"],
-                norm_topk_prob=values.get("norm_topk_prob", False),
-                router_aux_loss_coef=values.get("router_aux_loss_coef", 0.001),
-            )
-        return Qwen3Config(
-            vocab_size=values["vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["intermediate_size"],
-            num_hidden_layers=values["num_hidden_layers"],
-            num_attention_heads=values["num_attention_heads"],
-            num_key_value_heads=values["num_key_value_heads"],
-            head_dim=values["head_dim"],
-            rope_theta=float(rope["rope_theta"] if rope else values["rope_theta"]),
-            rms_norm_eps=values["rms_norm_eps"],
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            max_position_embeddings=values["max_position_embeddings"],
-            initializer_range=values.get("initializer_range", 0.02),
-            dtype="bfloat16" if stored == "bfloat16" else "float32",
-            **experts,
-        )
-    except KeyError as error:
-        raise UserError(f"config.json lacks {error.args[0]}") from error
-
-
-def hf_config(config: Qwen3Config, end_id: int, dtype: str) -> dict:
-    """The `config.json` of a checkpoint whose weights are stored as `dtype`."""
-    kind = "qwen3_moe" if config.num_experts else "qwen3"
-    values = {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": end_id,
-    }
-    if config.num_experts:
-        values |= {
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
-            "router_aux_loss_coef": config.router_aux_loss_coef,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
-    return values
-
-
 # Import
 
 
@@ -274,7 +148,7 @@ def _weight_files(path: epath.Path) -> list[epath.Path]:
         return [path / WEIGHTS]
     if not (path / INDEX).exists():
         raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}: no weights to read")
-    names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
+    names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
     missing = [name for name in names if not (path / name).exists()]
     if missing:
         raise UserError(f"{path / INDEX} names {', '.join(missing)}, which is not there")
@@ -337,18 +211,6 @@ def _insert(param, tensor, index, *, transposed, sharding):
 @jax.jit
 def _all_equal(param, tensor):
     return jnp.all(param == tensor.astype(param.dtype))
-
-
-def checkpoint_config(path: epath.Path) -> Qwen3Config:
-    """The shape that a checkpoint's `config.json` states.
-
-    Raises:
-      UserError: if it is missing, or is refused by `config_from_hf`.
-    """
-    try:
-        return config_from_hf(_read_json(path / "config.json"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def load_checkpoint(
@@ -483,7 +345,7 @@ def save_checkpoint(
         total = sum(math.prod(place.shape) for place in places.values()) * dtype.itemsize
         weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(path / "config.json", hf_config(config, end_id, dtype.name))
+    _write_json(path / "config.json", config_to_hf(config, end_id, dtype.name))
     _write_json(path / "generation_config.json", {"eos_token_id": end_id, "do_sample": False})
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from lopd.errors import UserError
-from lopd.models import hf
+from lopd.models import hf, hf_config
 from lopd.models.presets import PRESETS
 from lopd.models.qwen3 import Qwen3Config
 from lopd.objectives import cross_entropy, make_objective, token_fields
@@ -50,7 +50,7 @@ def model_shape(config: ml_collections.ConfigDict, which: str) -> Qwen3Config:
     elif name.split("/")[-1] in PRESETS:
         shape = PRESETS[name.split("/")[-1]]
     elif name:
-        shape = hf.checkpoint_config(hf.resolve_checkpoint(name))
+        shape = hf_config.checkpoint_config(hf.resolve_checkpoint(name))
     else:
         raise UserError(f"neither {which}.checkpoint nor {which}.model is set: which {which}?")
     return dataclasses.replace(shape, dtype=config.dtype) if config.dtype else shape

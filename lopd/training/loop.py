@@ -136,6 +136,8 @@ class _Log:
         if self._peak:
             row["utilisation"] = row["flops"] / seconds / self._peak
             shown["util"] = f"{row['utilisation']:.0%}"
+        else:
+            shown["FLOP/s"] = self._bar.format_sizeof(row["flops"] / seconds)
         for writer in self._writers:
             writer.write({"step": item.step, **row, **item.columns})
         self._bar.set_postfix(shown, refresh=False)
@@ -144,7 +146,9 @@ class _Log:
             return None
         panel = panel_row(item.step, *drift)
         if self._drift is not None:
-            self._drift.write(panel)
+            # A file of its own; the other writers tell the two rows apart by the names in them.
+            for writer in [self._drift, *self._writers[1:]]:
+                writer.write(panel)
         return panel
 
     def sync(self) -> None:
@@ -262,6 +266,7 @@ def train(
         loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state)
         try:
             loop.run_rounds(start, recipe.steps)
+            failure.forget_overcome(artefact, recipe.steps)
         except _NotFinite as error:
             loop.save_now()
             step, row = error.args
@@ -360,6 +365,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self.log.sync()
         checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+        failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:
         """Saves the state, unless that step is saved, and waits until it is on disk."""
