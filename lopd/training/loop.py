@@ -193,11 +193,12 @@ def _resume(
     initial_params: qwen3.Params,
     optimizer: Any,
     mesh: Mesh,
-    keep: int,
+    steps: int,
+    runtime: ml_collections.ConfigDict,
 ) -> tuple[int, TrainState]:
     """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
     abstract = abstract_state(model, optimizer, mesh)
-    checkpoints.check_room(artefact.path / "checkpoints", abstract, keep)
+    checkpoints.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
     start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
         return start, create_state(model, optimizer, initial_params, mesh)
@@ -258,7 +259,9 @@ def train(
         checkpoints.full_disk_is_an_os_error(),
         checkpoints.open_manager(directory, keep, runtime.keep_every) as manager,
     ):
-        start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
+        start, state = _resume(
+            manager, artefact, model, initial_params, optimizer, mesh, recipe.steps, runtime
+        )
         log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
         loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state)
         try:
