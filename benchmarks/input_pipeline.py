@@ -24,11 +24,9 @@ from lopd.data.batches import step_batches
 TARGET = 20 * 10_000
 
 
-def make_cache(path: str, count: int) -> Artefact:
+def long_records(count: int) -> list[dict]:
     """Records with the lengths of long reasoning."""
     rng = np.random.default_rng(0)
-    artefact = Artefact(path)
-    artefact.begin("precompute", {}, {})
     records = []
     for i in range(count):
         prompt, response = rng.integers(80, 250), int(min(4096, rng.lognormal(7.4, 0.7) + 1))
@@ -45,6 +43,13 @@ def make_cache(path: str, count: int) -> Artefact:
                 ),
             }
         )
+    return records
+
+
+def make_cache(path: str, records: list[dict]) -> Artefact:
+    """A finished cache of one shard."""
+    artefact = Artefact(path)
+    artefact.begin("precompute", {}, {})
     counted = totals.of_responses(records) | totals.of_scores(records)
     writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, counted)
     writer.write_metadata(artefact)
@@ -60,7 +65,7 @@ def main() -> None:
     options = arguments.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        source = Records(make_cache(folder, options.records))
+        source = Records(make_cache(folder, long_records(options.records)))
         batches = step_batches(
             source,
             seed=0,

@@ -5,22 +5,24 @@
 Runs the loop and reads from its metrics what a step took and how much of that went into waiting
 for a batch; then times, on a step that has run, what the loop does to write its metrics (read
 the arrays, a row for metrics.jsonl and TensorBoard, the live line), which the next step's run
-hides; and how many batches the data thread makes alone, against the step's appetite.
+hides; and how many batches the data thread makes alone, from a cache on disk, against the step's
+appetite.
 """
 
 import argparse
 import json
 import os
-import pathlib
 import platform
 import tempfile
 import time
 
 import jax
 import numpy as np
+from input_pipeline import make_cache
 
 from lopd import parallel
 from lopd.artefact import Artefact
+from lopd.cache.reader import Records
 from lopd.config import base_config, training_recipe
 from lopd.data.batches import put_batch, step_batches
 from lopd.models import qwen3
@@ -42,13 +44,13 @@ MODEL = qwen3.Qwen3Config(
 """The student of configs/tiny.py."""
 
 
-def records(count: int = 12_000) -> list[dict]:
+def short_records(count: int) -> list[dict]:
     """Prompts and responses as long as those of three-digit addition."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
         length = int(rng.integers(28, 40))
-        logprobs = -rng.exponential(0.3, (2, length)).astype(np.float32)
+        logprobs = -rng.exponential(0.3, (3, length)).astype(np.float32)
         made.append(
             {
                 "prompt_id": i,
@@ -58,6 +60,7 @@ def records(count: int = 12_000) -> list[dict]:
                 "response_tokens": rng.integers(3, 21, length).astype(np.int32),
                 "teacher_logprobs": logprobs[0],
                 "ref_logprobs": logprobs[1],
+                "behaviour_logprobs": logprobs[2],
             }
         )
     return made
@@ -71,8 +74,9 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
+    folder = tempfile.TemporaryDirectory()
     batches = step_batches(
-        records(),
+        Records(make_cache(os.path.join(folder.name, "cache"), short_records(12_000))),
         seed=0,
         batch_size=128,
         row_length=128,
@@ -86,13 +90,13 @@ def main() -> None:
     alone = (time.perf_counter() - start) / options.steps
     settings, objective = base_config(), lightning_opd(1.0)
     params = qwen3.init_params(MODEL, jax.random.key(0))
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(folder)
-        artefact = Artefact(folder)
+    with folder:
+        prepare(folder.name)
+        artefact = Artefact(os.path.join(folder.name, "opd"))
         artefact.begin("opd", {}, {})
         options_of_train = {"mesh": mesh, "runtime": settings.runtime, "metrics": settings.metrics}
         train(artefact, MODEL, params, batches, objective, recipe, **options_of_train)
-        lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = (artefact.path / "metrics.jsonl").read_text().splitlines()
         written = time_of_a_row(artefact, recipe, settings, batches, mesh)
     rows = [json.loads(line) for line in lines][5:]  # after compilation
     seconds = np.array([row["tokens"] / row["tokens_per_second"] for row in rows])

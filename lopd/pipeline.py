@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel, report
+from lopd import parallel, report, shutdown
 from lopd.artefact import Artefact, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
@@ -46,6 +46,9 @@ STAGES = {
 
 WORKER_STAGES = ("sft_data", "precompute", "heldout")
 """Stages that `--worker` can split: those that sample into shards."""
+
+_REPORT_WITHIN = 15
+"""Seconds after a signal in which a page is still begun; it takes some three."""
 
 # Whose position limit a stage's responses must keep within.
 _SAMPLED = {"teacher": {*WORKER_STAGES}, "student": {"precompute", "heldout"}}
@@ -221,6 +224,20 @@ def run(
     _check_artefacts(ctx, stages)
     _check_writable(ctx.workdir)
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
+    try:
+        _run_stages(ctx, ordered)
+    except BaseException:
+        # What the stages have left is looked at most after a failure. What a stop was for may
+        # come half a minute after the signal, and leaving with the right code goes before a page.
+        if parallel.is_main() and shutdown.seconds_since_request() < _REPORT_WITHIN:
+            _write_report(ctx, failed=True)
+        raise
+    if parallel.is_main():
+        _print_summary(ctx, ordered)
+        _write_report(ctx, failed=False)
+
+
+def _run_stages(ctx: Context, ordered: list[str]) -> None:
     for number, name in enumerate(ordered, start=1):
         parallel.check_stop()
         title = f"[{number}/{len(ordered)}] {name}"
@@ -228,11 +245,12 @@ def run(
             _say(f"{title}: given, {ctx.given(name)}")
             continue
         run_stage(ctx, name, title)
-    if parallel.is_main():
-        _print_summary(ctx, ordered)
-        page = report.write_after_run(ctx.workdir)
-        if page:
-            print(f"report: {page}")
+
+
+def _write_report(ctx: Context, failed: bool) -> None:
+    page = report.write_after_run(ctx.workdir, failed)
+    if page:
+        print(f"report: {page}", flush=True)
 
 
 def identify(ctx: Context, name: str) -> tuple[dict, dict]:

@@ -1,12 +1,13 @@
 """What people see while a run works: progress bars and metric files."""
 
-import hashlib
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import tqdm
 from etils import epath
 
@@ -77,6 +78,35 @@ class MetricsFile:
         self._growing.sync()
 
 
+def flat(row: dict, prefix: str = "") -> Iterator[tuple[str, float | dict]]:
+    """(name, number) of all that a row holds but its step: "loss", "heldout/chi2_ci95/00".
+
+    A histogram ("edges" and "counts" of its bins) stays whole; what is None is left out.
+    """
+    for name, x in row.items():
+        if isinstance(x, list):
+            x = {f"{i:02}": item for i, item in enumerate(x)}
+        if isinstance(x, dict) and x.keys() != {"edges", "counts"}:
+            yield from flat(x, f"{prefix}{name}/")
+        elif x is not None and name != "step":
+            yield f"{prefix}{name}", x
+
+
+def _tensorboard_histogram(histogram: dict) -> dict:
+    """A histogram as arguments of tensorboardX; its sums are those of the bins' middles."""
+    edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"])
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {
+        "min": float(edges[0]),
+        "max": float(edges[-1]),
+        "num": int(counts.sum()),
+        "sum": float(counts @ middles),
+        "sum_squares": float(counts @ middles**2),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": counts.tolist(),
+    }
+
+
 class TensorBoard:
     """The same rows as TensorBoard event files; in a bucket, after `sync` and at the end."""
 
@@ -91,10 +121,14 @@ class TensorBoard:
         )
 
     def write(self, row: dict) -> None:
-        """Adds the scalars of one row."""
-        for name, x in row.items():
-            if name != "step" and isinstance(x, float):
-                self._writer.add_scalar(name, x, row["step"])
+        """Adds the scalars and histograms of one row."""
+        step = row["step"]
+        for name, x in flat(row):
+            if isinstance(x, dict):
+                arguments = _tensorboard_histogram(x)
+                self._writer.add_histogram_raw(name, **arguments, global_step=step)
+            else:
+                self._writer.add_scalar(name, x, step)
         self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
 
     def sync(self) -> None:
@@ -110,28 +144,39 @@ class TensorBoard:
 class WandB:
     """The same rows at Weights & Biases; a continued run goes on in the same place."""
 
-    def __init__(self, project: str, path: epath.Path, settings: dict):
+    def __init__(self, project: str, path: epath.Path, settings: dict, resume_step: int = 0):
         import wandb  # optional: `lopd.config.validate` has looked for it
 
-        name = os.fspath(path)
+        # Kept beside the rows: a stage that begins anew is another run, also in a folder of the
+        # same name, and W&B takes no row of a step that it has.
+        kept = path / "wandb_id"
+        if not (resume_step and kept.exists()):
+            write_atomically(kept, secrets.token_hex(8))
+        self._histogram = wandb.Histogram
         self._run = wandb.init(
             project=project,
-            name=name,
-            id=hashlib.sha256(name.encode()).hexdigest()[:16],
+            name=os.fspath(path),
+            id=kept.read_text(),
             resume="allow",
             config=settings,
         )
 
     def write(self, row: dict) -> None:
         """Reports one row."""
-        self._run.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
+        values = {
+            name: self._histogram(np_histogram=(x["counts"], x["edges"]))
+            if isinstance(x, dict)
+            else x
+            for name, x in flat(row)
+        }
+        self._run.log(values, step=row["step"])
 
     def sync(self) -> None:
         """Nothing: the rows are sent as they come."""
 
     def close(self) -> None:
-        """Ends the report."""
-        self._run.finish()
+        """Ends the report; called while an error passes through, it is that of a failed run."""
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:
@@ -142,5 +187,5 @@ def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict)
     if metrics.tensorboard:
         writers.append(TensorBoard(path / "tensorboard", resume_step))
     if metrics.wandb:
-        writers.append(WandB(metrics.wandb, path, settings))
+        writers.append(WandB(metrics.wandb, path, settings, resume_step))
     return writers

@@ -6,6 +6,7 @@ shard, save the state) and raise `Stopped`. A second signal ends the process at 
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 
 EXIT_ERROR = 2
@@ -14,7 +15,8 @@ EXIT_STOPPED = 75
 """Stopped on request, all work so far is safe: the same command continues (EX_TEMPFAIL)."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_received: list[int] = []
+_received: list[float] = []
+"""When signals came, by the monotonic clock."""
 
 
 class Stopped(Exception):
@@ -24,6 +26,11 @@ class Stopped(Exception):
 def requested() -> bool:
     """Whether the process was asked to stop."""
     return bool(_received)
+
+
+def seconds_since_request() -> float:
+    """How long ago the process was asked to stop; 0 if it was not."""
+    return time.monotonic() - _received[0] if _received else 0.0
 
 
 def check() -> None:
@@ -37,7 +44,7 @@ def check() -> None:
 
 
 def _on_signal(number: int, _frame) -> None:
-    _received.append(number)
+    _received.append(time.monotonic())
     signal.signal(number, signal.SIG_DFL)
 
 

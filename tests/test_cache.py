@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tensorflow_datasets as tfds
 from etils import epath
 
 from lopd.artefact import Artefact, open_complete
 from lopd.cache import parquet, schema, summary, totals, writer
 from lopd.cache.__main__ import main
-from lopd.cache.reader import Records, verify, verify_records
+from lopd.cache.reader import Records, read_shard, verify, verify_records
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 
@@ -74,6 +75,19 @@ def test_records_round_trip(tmp_path):
     for i in (0, 5, 11):
         for name, value in record(i).items():
             np.testing.assert_array_equal(records[i][name], value)
+
+
+def test_records_are_those_that_tfds_reads(tmp_path):
+    cache = make_top_k_cache(tmp_path)
+    theirs = tfds.builder_from_directory(tmp_path).as_data_source("train")
+    by_shard = [r for s in cache.manifest["shards"] for r in read_shard(cache, s["name"])]
+    for ours in (list(Records(cache)), by_shard):
+        assert len(ours) == 10
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.keys() == other.keys()
+            for name, value in other.items():
+                assert type(mine[name]) is type(value), name
+                np.testing.assert_array_equal(mine[name], value, strict=True, err_msg=name)
 
 
 def damage_somehow(path, kind: str, rng: random.Random) -> None:
@@ -147,6 +161,28 @@ def test_only_listed_shards_count(tmp_path):
     writer.write_shard(resumed, schema.SCORED_FIELDS, 1, 2, [record(1)], {})
     writer.write_metadata(resumed)
     verify(Artefact(tmp_path))
+
+
+def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, capsys):
+    part = Artefact(tmp_path)
+    part.begin("precompute", {}, {})
+    part.manifest["worker"] = [1, 3]
+    for s in (1, 2):
+        writer.write_shard(part, schema.SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {})
+    part.finish({"responses": 4})
+    said = f"{tmp_path}: part 1/3 of a cache, 4 records in 2 shards, all right\n"
+    assert command(monkeypatch, capsys, "verify", tmp_path) == (0, said, "")
+    shard = tmp_path / schema.shard_name(2, 4)
+    content = shard.read_bytes()
+    for kind in ("bit flip", "truncation", "deletion"):
+        damage_somehow(shard, kind, random.Random(kind))
+        code, out, err = command(monkeypatch, capsys, "verify", tmp_path)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and shard.name in err
+        shard.write_bytes(content)
+    part.manifest["shards"][0]["content"] = part.manifest["shards"][1]["content"]
+    part.save()
+    with pytest.raises(UserError, match="2 records that are not those of the manifest"):
+        verify_records(open_complete(tmp_path, "the part"))
 
 
 def test_fingerprint_is_of_the_content_alone(tmp_path):

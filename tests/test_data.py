@@ -11,7 +11,7 @@ from lopd.data.batches import (
     micro_batches,
     record_length,
     record_lengths,
-    repeated_share,
+    repeated_shares,
     step_batches,
 )
 from lopd.data.packing import assign_rows, pack
@@ -178,14 +178,17 @@ def test_micro_batch_size_changes_no_row():
             np.testing.assert_array_equal(other[name], expected)
 
 
-def test_repeated_share():
+def test_repeated_shares():
     rng = np.random.default_rng(0)
     fresh = rng.integers(0, 50_000, 500).astype(np.int32)
-    assert repeated_share(fresh) == 0 and repeated_share(fresh[:7]) == 0
     loop = np.tile(fresh[:10], 50)
     grams = [tuple(loop[i : i + 8]) for i in range(493)]
-    assert repeated_share(loop) == pytest.approx(1 - len(set(grams)) / 493)
-    assert repeated_share(loop) > 0.9
+    expected = 1 - len(set(grams)) / 493
+    assert expected > 0.9
+    # Neighbours do not count: the 8-grams of `loop[:7]` and across borders are no one's.
+    responses = [fresh, loop, loop[:7], loop[:8], fresh[:1], loop, fresh[:7]]
+    assert repeated_shares(responses) == pytest.approx([0, expected, 0, 0, 0, expected, 0])
+    assert repeated_shares([fresh[:3]]) == [0]
 
 
 def test_large_batches_pack_in_no_time():

@@ -95,6 +95,8 @@ def test_every_stage_runs_and_says_so(whole):
     for number, stage in enumerate(STAGES, start=1):
         assert f"[{number}/9] {stage}" in done.stdout
     assert "accuracy on addition ('test')" in done.stdout and "seconds: teacher" in done.stdout
+    # The live line, where the peak of the device is not known.
+    assert all(f"{name}=" in done.stderr for name in ("loss", "tok/s", "FLOP/s"))
     models = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
     assert list(models) == ["teacher", "base", "sft", "control", "opd"]
     for tasks in models.values():
@@ -333,4 +335,9 @@ def test_damaged_weights_are_found(whole, tmp_path):
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    refused(run(tmp_path / "w", "opd"), shard.name, "damaged")
+    (tmp_path / "w" / "report.html").unlink()
+    done = run(tmp_path / "w", "opd")
+    refused(done, shard.name, "damaged")
+    # A run that failed leaves its page too.
+    assert f"report: {tmp_path / 'w' / 'report.html'}" in done.stdout
+    assert "Not finished: opd." in (tmp_path / "w" / "report.html").read_text()

@@ -174,6 +174,7 @@ def test_workers_merged_are_the_single_run(models, whole, tmp_path):
         merge.merge(tmp_path / "m", [whole.path])
     with pytest.raises(UserError, match="a worker's part of a cache: join"):
         Records(Artefact(parts[0]))
+    assert [reader.verify_records(Artefact(part)) for part in parts] == [8, 16, 16]
     merged = merge.merge(tmp_path / "precompute", parts[::-1])
     assert content(merged) == content(whole)
     assert reader.verify_records(merged) == 40
@@ -576,22 +577,47 @@ def test_sigterm_stops_with_full_shards_closed(models, undisturbed, tmp_path):
     assert "stopped; the same command continues" in err
     assert 2 <= listed(tmp_path) < 40
     assert not list((tmp_path / "precompute").glob("*.tmp"))
+    assert "Not finished: precompute." in (tmp_path / "report.html").read_text()
     assert "continued" in finish(start(models, tmp_path))
     assert content(Artefact(tmp_path / "precompute")) == content(undisturbed)
 
 
-def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path):
-    """/dev/full answers every write as a full disk does; it lies where a shard is to be written."""
-    workdir, shard = tmp_path / "w", schema.shard_name(1, 40)
-    (workdir / "precompute").mkdir(parents=True)
-    blocked = workdir / "precompute" / f"{shard}.tmp"
-    blocked.symlink_to("/dev/full")
-    process = start(models, workdir)
+def stopped_by_a_full_disk(process) -> None:
+    """The job ends with one line, and progress above it."""
     _, err = process.communicate(timeout=120)
     assert process.returncode == shutdown.EXIT_ERROR, err
     *progress, last = (line for line in err.replace("\r", "\n").splitlines() if line.strip())
     assert last.startswith("lopd: error: no room left on the disk"), err
     assert all(line.startswith("precompute") for line in progress), err
+
+
+def block_manifest(process, workdir) -> None:
+    """/dev/full where the process will write its manifest; tried again while it writes one."""
+    name = f".manifest.json.{socket.gethostname()}-{process.pid}.tmp"
+    while True:
+        try:
+            return (workdir / "precompute" / name).symlink_to("/dev/full")
+        except FileExistsError:
+            time.sleep(0.001)
+
+
+def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path):
+    """/dev/full answers every write as a full disk does: of a shard, then of the manifest."""
+    workdir = tmp_path / "w"
+    (workdir / "precompute").mkdir(parents=True)
+    blocked = workdir / "precompute" / f"{schema.shard_name(1, 40)}.tmp"
+    blocked.symlink_to("/dev/full")
+    stopped_by_a_full_disk(start(models, workdir))
     blocked.unlink(missing_ok=True)
+
+    before = listed(workdir)
+    process = start(models, workdir)
+    assert wait_for(process, workdir, before + 1)
+    block_manifest(process, workdir)
+    stopped_by_a_full_disk(process)
+    # A shard is in place that no manifest lists; the manifest before is whole.
+    in_place = len(list((workdir / "precompute").glob("*.array_record-*")))
+    assert before < listed(workdir) == in_place - 1 < 39
+    assert not list((workdir / "precompute").glob("**/*.tmp"))
     finish(start(models, workdir))
     assert content(Artefact(workdir / "precompute")) == content(undisturbed)

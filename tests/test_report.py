@@ -2,16 +2,16 @@ import html.parser
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
+import chromium
 import numpy as np
 import pytest
 
-from lopd import report
+from lopd import pipeline, report, shutdown
 from lopd.artefact import FORMAT_VERSION, Artefact
-from lopd.config import STAGES
+from lopd.config import STAGES, base_config
 from lopd.errors import UserError
 from lopd.report import __main__ as report_main
 from lopd.report import panels, reading, texts
@@ -242,6 +242,7 @@ def test_drift_panel_and_held_out_values_are_drawn(tmp_path):
             "heldout": held_out if step else None,
             "advantage_histogram": {"edges": [-1, 0, 1], "counts": [3, 1]},
             "advantage_by_position": [0.1 * step] * 19 + [0.0],
+            **({"entropy_by_position": [0.5] * 20} if step else {}),
             "position_counts": [4] * 19 + [0],
         }
         for step in (0, 30, 60)
@@ -255,6 +256,9 @@ def test_drift_panel_and_held_out_values_are_drawn(tmp_path):
     assert ["held out"] in labels  # what only the held-out slice has, in %
     assert [90, 90] in [plot[0]["y"] for plot in series if plot[0]["label"] == "held out"]
     position, histogram = (p for p in series if p[0]["label"] == "step 0")
+    (entropy,) = (p for p in series if [s["label"] for s in p] == ["step 30", "step 60"])
+    assert entropy[1]["y"] == [0.5] * 19 + [None]
+    assert " Entropy along a response " in parsed.text
     assert [s["label"] for s in position] == ["step 0", "step 30", "step 60"]
     assert position[2]["y"] == pytest.approx([6.0] * 19 + [None])
     assert histogram[0]["y"] == [75, 25]
@@ -297,6 +301,27 @@ def test_damaged_manifest_is_a_note(tmp_path):
     assert "sft/manifest.json is damaged" in text and "80.0" in text
 
 
+@pytest.mark.parametrize("bad", [1, 2])
+def test_failure_is_shown_until_the_run_is_past_it(tmp_path, bad):
+    run = write_run(tmp_path / "run")
+    records = [{"prompt_id": 700 + i, "sample_id": i, "loss": "nan", "grad_norm": "1.0",
+                "finite": i >= bad} for i in range(2)]  # fmt: skip
+    failure = {"step": 61, "loss": "nan", "grad_norm": "1.23456789", "records": records}
+    (run / "opd" / "failure.json").write_text(json.dumps(failure))
+    save_manifest(run / "opd", Artefact(run / "opd").manifest | {"complete": False})
+    parsed = Parsed(report.write_report([run]).read_text())
+    text = " ".join(parsed.text.split())
+    assert "opd failed at step 61 Not finite: loss nan, gradient norm 1.235." in text
+    assert ("1 of the step’s 2 records does it alone, prompt_id/sample_id 700/0" in text) == (
+        bad == 1
+    )
+    assert ("the weights are more likely to blame than a record" in text) == (bad == 2)
+    assert "The state before it is checkpoint 60" in text and "Not finished: opd." in text
+    assert text.index("opd failed") < text.index("OPD accuracy")
+    (run / "opd" / "failure.json").write_text(json.dumps(failure | {"step": 60}))
+    assert "failed" not in Parsed(report.write_report([run]).read_text()).text
+
+
 def test_comparison_names_what_differs(run, tmp_path):
     other = write_run(tmp_path / "second", tau=10.0, opd=0.7)
     path = report.write_report([run, other])
@@ -327,7 +352,7 @@ def test_page_of_a_large_run_stays_small(tmp_path):
     (run / "eval" / "responses_opd.jsonl").write_text(lines(rows))
     path = report.write_report([run])
     assert path.stat().length < 3_000_000
-    assert "19 of 64, to keep the page small" in path.read_text()
+    assert "17 of 64, to keep the page small" in path.read_text()
 
 
 def test_same_page_is_not_written_again(run):
@@ -386,20 +411,78 @@ def test_failing_report_is_a_warning(tmp_path, capsys):
     assert warning.startswith("lopd: warning: no report (") and warning.count("\n") == 1
 
 
+@pytest.mark.parametrize(("seconds", "pages"), [(0.0, 1), (3.0, 1), (20.0, 0)])
+def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, seconds, pages):
+    """A machine that is taken away gives half a minute, of which saving may take most."""
+
+    def stop(*_):
+        raise shutdown.Stopped
+
+    for check in ("check_settings", "_check_artefacts"):
+        monkeypatch.setattr(pipeline, check, lambda *_: None)
+    monkeypatch.setattr(pipeline, "run_stage", stop)
+    monkeypatch.setattr(shutdown, "seconds_since_request", lambda: seconds)
+    write_stage(tmp_path, "teacher", complete=False)
+    with pytest.raises(shutdown.Stopped):
+        pipeline.run(base_config(), str(tmp_path), ("teacher",))
+    assert len([*tmp_path.glob("report.html")]) == pages
+
+
+# Walks through what a reader can do, for the console to be silent about all of it.
+USE = """
+for (const figure of document.querySelectorAll("[data-plot]")) {
+  figure.focus();
+  figure.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+}
+document.querySelector("input[value=after]").click();
+const search = document.querySelector("#rollouts input[type=search]");
+for (const text of ["no such text", ""]) {
+  search.value = text;
+  search.dispatchEvent(new Event("input", { bubbles: true }));
+  if (text) window.found = document.getElementById("rollout-count").textContent;
+}
+for (const select of document.querySelectorAll("select")) {
+  for (const option of [...select.options].reverse()) {
+    select.value = option.value;
+    select.dispatchEvent(new Event("change", { bubbles: true }));
+  }
+}
+for (const details of document.querySelectorAll("details")) details.open = true;
+document.title = window.found;
+"""
+
+
 def test_page_works_in_a_browser(run):
-    """Scripts run, what they make is there, and the console is silent."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
+    """On a laptop and a phone, light and dark: scripts run, what they make is there and fits, the
+    console is silent, nothing is fetched."""
+    if not chromium.executable():
         pytest.skip("no chromium on this machine")
     path = report.write_report([run])
-    done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--virtual-time-budget=2000", "--dump-dom", f"file://{path}"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
-    parsed = Parsed(done.stdout)
-    assert [a.get("class") for tag, a in parsed.tags if tag == "article"] == ["item"] * 6
-    assert "5 of 5 rollouts" in parsed.text and "1 of 1 problems" in parsed.text
-    assert len([a for _, a in parsed.tags if "data-i" in a]) == 60
-    assert 'alert("x")' in parsed.text  # shown, not run
+    views = chromium.look(path, USE)
+    assert [(view.width, view.scheme) for view in views] == chromium.VIEWS
+    for view in views:
+        assert view.requests == [f"file://{path}"] and view.console == []
+        assert view.content_width <= view.width
+        parsed = Parsed(view.html)
+        assert [a.get("class") for tag, a in parsed.tags if tag == "article"] == ["item"] * 6
+        assert "5 of 5 rollouts" in parsed.text and "1 of 1 problems" in parsed.text
+        assert "<title>0 of 5 rollouts</title>" in view.html
+        assert len([a for _, a in parsed.tags if "data-i" in a]) == 60
+        assert 'alert("x")' in parsed.text  # shown, not run
+    assert {view.scheme: view.background for view in views} == {
+        "light": "rgb(247, 248, 249)", "dark": "rgb(14, 17, 21)"
+    }  # fmt: skip
+
+
+def test_browser_test_sees_what_is_wrong(tmp_path):
+    if not chromium.executable():
+        pytest.skip("no chromium on this machine")
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<meta name='viewport' content='width=device-width'><div style='width: 600px'>wide</div>"
+        "<img src='http://127.0.0.1:9/picture.png'><script>nothing.there()</script>"
+    )
+    for view in chromium.look(page):
+        assert view.requests[1:] == ["http://127.0.0.1:9/picture.png"]
+        assert any("nothing is not defined" in text for text in view.console)
+        assert (view.content_width > view.width) == (view.width == 390)

@@ -40,9 +40,18 @@ def result(path) -> list:
     return json.loads((path / "result.json").read_text())
 
 
+def records_read(path) -> dict[int, list[int]]:
+    """By step, from 0: the prompt_ids of the records that its processes have read together."""
+    steps = {}
+    for file in path.glob("read-*.json"):
+        for step, ids in json.loads(file.read_text()).items():
+            steps.setdefault(int(step), []).extend(ids)
+    return {step: sorted(ids) for step, ids in steps.items()}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """By objective: the result of an uninterrupted run, and seconds from "ready" to its end."""
+    """By objective: result and records of an uninterrupted run; seconds from "ready" to its end."""
 
     @functools.cache
     def run(objective):
@@ -54,7 +63,7 @@ def whole(tmp_path_factory):
         seconds, (_, rows, drift) = time.monotonic() - began, result(path)
         assert [row["step"] for row in rows] == [*range(1, training_run.STEPS + 1)]
         assert [row["step"] for row in drift] == ([7, 14, 21, 24] if objective == "opd" else [])
-        return result(path), seconds
+        return result(path), seconds, records_read(path)
 
     return run
 
@@ -73,7 +82,7 @@ def end(process, number: int, when) -> bool:
 @pytest.mark.parametrize("objective", ["opd", "sft"])
 def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective):
     """Every second kill comes as soon as a save is under way."""
-    expected, seconds = whole(objective)
+    expected, seconds, _ = whole(objective)
     rng = random.Random(objective)
     kills = 0
     while kills < KILLS:
@@ -100,7 +109,7 @@ def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective
 
 @pytest.mark.parametrize("objective", ["opd", "sft"])
 def test_sigterm_saves_and_exits_75(whole, tmp_path, objective):
-    expected, seconds = whole(objective)
+    expected, seconds, _ = whole(objective)
     stops = 0
     rng = random.Random(0)
     while stops < max(1, KILLS // 4):
@@ -129,7 +138,7 @@ def same_to(rows, expected, rtol):
         np.testing.assert_allclose(row["loss"], other["loss"], rtol=rtol, err_msg=row["step"])
 
 
-def interrupted(path, stop_after: int) -> None:
+def interrupted(path, objective, stop_after: int) -> None:
     """A run on one device that was stopped."""
     mesh = training_run.mesh_of(1, 1, 1)
 
@@ -147,7 +156,7 @@ def interrupted(path, stop_after: int) -> None:
 
     data = training_run.batches(source=Source(training_run.records()))
     with pytest.raises(Gone):
-        training_run.run(path, "plain", mesh=mesh, data=data)
+        training_run.run(path, objective, mesh=mesh, data=data)
 
 
 def free_port() -> int:
@@ -156,20 +165,30 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.parametrize("objective", ["plain", "sft"])
 @pytest.mark.parametrize("where", ["8 devices", "2 processes"])
-def test_goes_on_elsewhere_with_the_same_losses(whole, tmp_path, where):
-    interrupted(tmp_path, 9)
+def test_goes_on_elsewhere_with_the_same_losses(whole, tmp_path, where, objective):
+    interrupted(tmp_path, objective, 9)
     before, _ = training_run.rows_of(tmp_path)
     assert 4 <= len(before) < 9
+    first = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
     if where == "8 devices":
-        rows = training_run.run(tmp_path, "plain", mesh=training_run.mesh_of(4, 2, 1))[1]
+        mesh = training_run.mesh_of(4, 2, 1)
+        data = training_run.noted(training_run.batches(mesh))
+        rows = training_run.run(tmp_path, objective, mesh=mesh, data=data)[1]
+        read = {step: sorted(ids) for step, ids in data.read.items()}
     else:
         coordinator = f"localhost:{free_port()}"
         processes = [
-            start(tmp_path, "plain", LOPD_PROCESSES=coordinator, LOPD_PROCESS=str(i))
+            start(tmp_path, objective, LOPD_PROCESSES=coordinator, LOPD_PROCESS=str(i))
             for i in range(2)
         ]
         outputs = [process.communicate() for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-        rows = result(tmp_path)[1]
-    same_to(rows, whole("opd")[0][1], rtol=1e-6)
+        rows, read = result(tmp_path)[1], records_read(tmp_path)
+        assert len(list(tmp_path.glob("read-*.json"))) == 2
+    (_, expected, _), _, expected_records = whole("opd" if objective == "plain" else objective)
+    same_to(rows, expected, rtol=1e-6)
+    # Nothing is read of the steps before, and of the others exactly what one process reads.
+    assert read == {step: expected_records[step] for step in range(first, training_run.STEPS)}
+    assert all(len(set(ids)) == 8 for ids in read.values())

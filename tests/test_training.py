@@ -2,9 +2,14 @@
 
 import dataclasses
 import errno
+import itertools
 import json
+import os
+import pathlib
+import random
 import shutil
 import subprocess
+import sys
 
 import grain
 import jax
@@ -22,10 +27,11 @@ from lopd import parallel, storage
 from lopd.artefact import Artefact
 from lopd.cache import schema, writer
 from lopd.cache.reader import Records
-from lopd.config import training_recipe
+from lopd.config import base_config, training_recipe
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.objectives import cross_entropy, lightning_opd
+from lopd.report import write_report
 from lopd.training import checkpoints
 from lopd.training.state import (
     abstract_state,
@@ -34,6 +40,9 @@ from lopd.training.state import (
     make_optimizer,
 )
 from lopd.training.step import make_train_step
+
+# Orbax leaves futures behind when a checkpoint cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def sharded(params, mesh):
@@ -121,26 +130,120 @@ def test_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, capsys, damag
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]  # made anew
 
 
-def test_other_bits_in_a_sound_file_are_damage(whole, tmp_path):
-    """A checkpoint that reads well but is not the state that was saved: the fingerprint's work."""
+def abstract():
+    return abstract_state(CONFIG, make_optimizer(training_recipe()), mesh_of(1, 1, 1))
+
+
+def restore(path):
+    """(step, state) of the newest checkpoint of a run that can be read."""
+    identity = {"settings": {}, "inputs": {}}
+    with checkpoints.open_manager(epath.Path(path) / "checkpoints") as manager:
+        return checkpoints.restore_newest(manager, abstract(), identity)
+
+
+def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, capsys):
+    """Any file of the newest checkpoint, or folder: what is restored is what was saved."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    saved = {6: params_fingerprint(restore(tmp_path)[1])}
+    newest, rng = tmp_path / "checkpoints" / "6", random.Random(0)
+    shutil.copytree(newest, tmp_path / "sound")
+    passed_over, kinds = 0, itertools.cycle(("cut", "flip", "delete"))
+    for path, damage in zip(sorted(newest.rglob("*")), kinds, strict=False):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif damage == "delete":
+            path.unlink()
+        else:
+            content = bytearray(path.read_bytes())
+            place = rng.randrange(len(content))
+            content[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(content if damage == "flip" else content[:place])
+        step, state = restore(tmp_path)
+        said = capsys.readouterr().err
+        assert (step == 3) == ("checkpoints/6 is damaged" in said) == (not newest.exists())
+        assert params_fingerprint(state) == saved.setdefault(step, params_fingerprint(state))
+        passed_over += step == 3
+        shutil.rmtree(newest, ignore_errors=True)
+        shutil.copytree(tmp_path / "sound", newest)
+    assert passed_over >= 8 and saved[3] != saved[6]
+
+
+@pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/array_metadatas/process_0", ""])
+def test_what_cannot_be_read_now_is_no_damage(whole, tmp_path, name):
+    """A file that the system refuses to open (a loop of links): it may be sound."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "6"
+    path = newest / name if name else largest_file(newest)
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match=r"checkpoints/6 could not be read .*nothing was deleted"):
+        restore(tmp_path)
+    path.unlink()
+    path.write_bytes(content)
+    assert restore(tmp_path)[0] == 6
+
+
+def around(error):
+    """As Orbax wraps TensorStore's errors."""
+    try:
+        raise Exception("Encountered error while reading array index") from error
+    except Exception as wrapped:
+        return wrapped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        TypeError("not of the file's making"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        ValueError('PERMISSION_DENIED: Error opening "zarr" driver'),
+        around(ValueError("UNAVAILABLE: CURL error: could not connect")),
+        ValueError("FAILED_PRECONDITION: Failed to open: \"d/1\" [os_error_code='107']"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_are_no_damage(whole, tmp_path, monkeypatch, error):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+
+    def failing(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", failing)
+        with pytest.raises(UserError, match=r"checkpoints/6 could not be read") as raised:
+            restore(tmp_path)
+        assert "\n" not in str(raised.value)
+    assert restore(tmp_path)[0] == 6
+
+
+def test_other_bits_in_a_sound_file_are_damage(tmp_path):
+    """A checkpoint that reads well but is not what was saved: the fingerprints' work."""
     mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(training_recipe())
     state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
-    abstract = abstract_state(CONFIG, optimizer, mesh)
     with checkpoints.open_manager(epath.Path(tmp_path)) as manager:
         checkpoints.save_state(manager, 1, state, {"opd": {"tau": 1}})
         manager.wait_until_finished()
-        metadata = tmp_path / "1" / "metadata" / "metadata"
-        text = metadata.read_text()
-        content = json.loads(text)["content"]
-        other = content[:-1] + ("0" if content[-1] != "0" else "1")
-        metadata.write_text(text.replace(content, other))
-        with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
-            checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
-        metadata.write_text(text)
-        step, restored = checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 1}})
+        path = tmp_path / "1" / "metadata" / "metadata"
+        text = path.read_text()
+        metadata = json.loads(text)
+        del metadata["checksum"]
+        other = {**metadata, "content": metadata["content"][::-1]}
+        for changed in (
+            text.replace('"tau": 1', '"tau": 3'),
+            json.dumps(other | {"checksum": checkpoints._checksum(other)}),
+        ):
+            path.write_text(changed)
+            with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
+                checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
+        path.write_text(text)
+        step, restored = checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
         assert step == 1 and params_fingerprint(restored) == params_fingerprint(state)
         with pytest.raises(UserError, match=r"settings \(opd.tau: 1 → 3"):
-            checkpoints.restore_newest(manager, abstract, {"opd": {"tau": 3}})
+            checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 3}})
 
 
 def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
@@ -166,30 +269,84 @@ def test_keeps_the_newest_and_every_so_many(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_no_room_for_checkpoints_is_known_before_the_first_step(tmp_path, monkeypatch):
-    free = shutil.disk_usage(tmp_path)._replace(free=300_000)
+def with_free(monkeypatch, path, size):
+    free = shutil.disk_usage(path)._replace(free=size)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(UserError, match=r"room for 3 checkpoints .* keep fewer"):
+
+
+def test_no_room_for_checkpoints_is_known_before_the_first_step(tmp_path, monkeypatch):
+    with_free(monkeypatch, tmp_path, 1_000_000)
+    with pytest.raises(UserError, match=r"room for 2 checkpoints .* keep fewer"):
         run_training(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
-    """Saves fail on a file system that fills up; the checkpoint before is used afterwards."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)])
-    if done.returncode:
-        pytest.skip("may not mount")
-    try:
-        monkeypatch.setattr(checkpoints, "check_room", lambda *_: None)
+@pytest.mark.parametrize(
+    ("steps", "every", "keep", "keep_every", "found", "room"),
+    [
+        (7, 3, 2, 0, (), (2, 1)),  # 3, 6, and the weights
+        (7, 7, 2, 0, (), (1, 0)),  # none but that of a stop
+        (100, 3, 2, 0, (), (3, 0)),  # 93, 96 and 99, of which the first then goes
+        (100, 3, 2, 10, (), (6, 0)),  # 30, 60, 90 for good
+        (97, 3, 2, 10, (), (5, 1)),  # 90, 93, 96, of which 90 stays
+        (94, 3, 2, 10, (), (5, 0)),  # 87, 90, 93, of which 87 goes
+        (100, 3, 2, 0, (3, 6), (1, 0)),
+        (7, 3, 2, 0, (3, 6), (1, 0)),  # the weights fit where a stop would save
+    ],
+)  # fmt: skip
+def test_room_that_a_training_needs(
+    whole, tmp_path, monkeypatch, steps, every, keep, keep_every, found, room
+):
+    """`room` is in checkpoints and, of the weights, times that they are there beside these."""
+    directory, state = epath.Path(tmp_path) / "checkpoints", abstract()
+    for step in found:
+        shutil.copytree(whole[0] / "checkpoints" / str(step), directory / str(step))
+    size, weights = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                     for tree in (state, state.params))  # fmt: skip
+    runtime = base_config().runtime
+    runtime.update(checkpoint_every=every, keep_checkpoints=keep, keep_every=keep_every)
+    needed = room[0] * size + room[1] * weights
+    with_free(monkeypatch, tmp_path, needed)
+    checkpoints.check_room(directory, state, steps, runtime)
+    with_free(monkeypatch, tmp_path, needed - 1)
+    with pytest.raises(UserError, match=rf"{len(found)} are there"):
+        checkpoints.check_room(directory, state, steps, runtime)
+
+
+def fill_up_and_go_on(path, out):
+    """On a file system of 2 MB: saves until it is full, and goes on once there is more room."""
+    path = pathlib.Path(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "check_room", lambda *_: None)
         with pytest.raises(OSError) as raised:
-            run_training(tmp_path, keep_checkpoints=9, checkpoint_every=1)
+            run_training(path, keep_checkpoints=9, checkpoint_every=1)
         assert raised.value.errno == errno.ENOSPC
-        saved = sorted((tmp_path / "checkpoints").glob("[0-9]"))
-        assert saved
-        subprocess.run(["mount", "-o", "remount,size=9m", str(tmp_path)], check=True)
-        assert run_training(tmp_path, keep_checkpoints=9, checkpoint_every=1) == whole[1]
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+        assert list((path / "checkpoints").glob("[0-9]"))
+        subprocess.run(["mount", "-o", "remount,size=9m", "none", path], check=True)
+        found = run_training(path, keep_checkpoints=9, checkpoint_every=1)
+    pathlib.Path(out).write_text(json.dumps(found))
+
+
+def test_full_disk_loses_nothing(whole, tmp_path):
+    """Saves fail on a file system that fills up; the checkpoint before is used afterwards.
+
+    It is mounted by a process in namespaces of its own, which needs no rights on most machines.
+    """
+    disk, out = tmp_path / "disk", tmp_path / "result.json"
+    disk.mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size=2m none {disk}"
+    if subprocess.run([*alone, "sh", "-c", mount]).returncode:
+        pytest.skip("may not mount, also in a namespace of its own")
+    script = f"import test_training; test_training.fill_up_and_go_on({str(disk)!r}, {str(out)!r})"
+    done = subprocess.run(
+        [*alone, "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text()) == json.loads(json.dumps(whole[1]))
 
 
 def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
@@ -198,23 +355,25 @@ def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
     data = batches(source=source)
     bad = int(data.indices[4][3])
     first = next(n for n in range(9) if bad in data.indices[n]) + 1
+    stage = tmp_path / "opd"
     source[bad]["teacher_logprobs"] = source[bad]["teacher_logprobs"] * np.nan
     with pytest.raises(UserError, match=f"step {first} has loss nan .*1 of its 8 .* {100 + bad}/0"):
-        run_training(tmp_path, steps=9, data=data)
-    report = json.loads((tmp_path / "failure.json").read_text())
+        run_training(stage, steps=9, data=data)
+    report = json.loads((stage / "failure.json").read_text())
     wrong = [r["prompt_id"] for r in report["records"] if not r["finite"]]
     assert report["step"] == first and wrong == [100 + bad] and len(report["records"]) == 8
-    assert [r["step"] for r in training_run.rows_of(tmp_path)[0]] == [*range(1, first)]
+    assert [r["step"] for r in training_run.rows_of(stage)[0]] == [*range(1, first)]
     # What was saved is the state of an untroubled run of so many steps.
     if first > 1:
         untroubled = run_training(tmp_path / "w", steps=first - 1, data=batches())[0]
-        saved = ocp.StandardCheckpointer().restore(
-            tmp_path / "checkpoints" / str(first - 1) / "state"
-        )
+        saved = ocp.StandardCheckpointer().restore(stage / "checkpoints" / str(first - 1) / "state")
         assert params_fingerprint(saved["params"]) == untroubled
     assert (first - 1) % 3  # it was saved because of the stop
-    continued = run_training(tmp_path, steps=9, data=batches())
+    page = write_report([tmp_path]).read_text()
+    assert f"opd failed at step {first}<" in page and f"<code>{100 + bad}/0</code>" in page
+    continued = run_training(stage, steps=9, data=batches())
     assert continued == run_training(tmp_path / "whole", steps=9)
+    assert not (stage / "failure.json").exists()
 
 
 def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):

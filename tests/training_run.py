@@ -36,6 +36,29 @@ def records(count=24, seed=0) -> list[dict]:
     return [{**r, "prompt_id": 100 + i, "sample_id": 0} for i, r in enumerate(made)]
 
 
+@dataclasses.dataclass(frozen=True)
+class NotedBatches(StepBatches):
+    """Batches that note which records this process has read for each step, by prompt_id."""
+
+    read: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, step):
+        found = self.read[step] = []
+
+        class Source:
+            def __getitem__(_, index):
+                record = self.source[index]
+                found.append(record["prompt_id"])
+                return record
+
+        return StepBatches.__getitem__(dataclasses.replace(self, source=Source()), step)
+
+
+def noted(data: StepBatches) -> NotedBatches:
+    fields = dataclasses.fields(StepBatches)
+    return NotedBatches(**{field.name: getattr(data, field.name) for field in fields})
+
+
 def batches(mesh=None, source=None, **changes) -> StepBatches:
     options = dict(seed=1, batch_size=8, row_length=48, rows_per_micro=8, reduction="sample_mean")
     source = records() if source is None else source
@@ -47,7 +70,18 @@ def mesh_of(data, fsdp, tensor):
     return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
-def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, recipe=(), **runtime):
+def run(
+    path,
+    objective="opd",
+    *,
+    mesh,
+    steps=STEPS,
+    data=None,
+    params=None,
+    recipe=(),
+    tensorboard=False,
+    **runtime,
+):
     """Trains, and returns the parameters' fingerprint and the rows without times.
 
     The objectives are "opd", "plain" (the same without its drift panel) and "sft".
@@ -59,7 +93,7 @@ def run(path, objective="opd", *, mesh, steps=STEPS, data=None, params=None, rec
     artefact = Artefact(path)
     settings = base_config()
     settings.runtime.update({"checkpoint_every": CHECKPOINT_EVERY, "drift_every": 7, **runtime})
-    settings.metrics.tensorboard = False
+    settings.metrics.tensorboard = tensorboard
     data = batches(mesh) if data is None else data
     loss = cross_entropy() if objective == "sft" else lightning_opd(1.0)
     drift = None
@@ -100,13 +134,16 @@ def main(path: str, objective: str) -> None:
         jax.distributed.initialize(coordinator, 2, int(os.environ["LOPD_PROCESS"]))
     mesh = mesh_of(jax.device_count(), 1, 1)
     print("ready", flush=True)
+    data = noted(batches(mesh))
     try:
         with shutdown.on_signals():
-            result = run(path, objective, mesh=mesh)
+            result = run(path, objective, mesh=mesh, data=data)
     except shutdown.Stopped:
         sys.exit(shutdown.EXIT_STOPPED)
+    path = pathlib.Path(path)
+    (path / f"read-{jax.process_index()}.json").write_text(json.dumps(data.read))
     if jax.process_index() == 0:
-        (pathlib.Path(path) / "result.json").write_text(json.dumps(result))
+        (path / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m lopd.cache COMMAND`: look after finished caches. Errors are one line, exit code 2.
 
-verify DIR             every file against the manifest, every record against the schema
+verify DIR             every file against the manifest, every record against the schema; also of a
+                       worker's part, before it is merged
 summary DIR            lengths, log-probabilities, teacher against π_ref, by position
 show DIR               records as text, with each token's advantage
 merge OUT PART...      joins what workers made (lopd.main --worker=i/N)
@@ -26,9 +27,10 @@ def _verify(args: argparse.Namespace) -> None:
 
     artefact = open_complete(args.dir, "the cache")
     count = reader.verify_records(artefact)
-    print(
-        f"{artefact.path}: {count} records in {len(artefact.manifest['shards'])} shards, all right"
-    )
+    what = f"{count} records in {len(artefact.manifest['shards'])} shards"
+    if "worker" in artefact.manifest:
+        what = "part {}/{} of a cache, {}".format(*artefact.manifest["worker"], what)
+    print(f"{artefact.path}: {what}, all right")
 
 
 def _summary(args: argparse.Namespace) -> None:

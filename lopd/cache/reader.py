@@ -32,15 +32,18 @@ def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
     Raises:
       UserError: naming the damaged files; or if this is one worker's part.
     """
-    manifest = artefact.manifest
-    if "worker" in manifest:
+    if "worker" in artefact.manifest:
         raise UserError(
             f"{artefact.path} is a worker's part of a cache: join the parts with "
             "python -m lopd.cache merge OUT PART..."
         )
+    _verify_files(artefact, files or artefact.path)
+
+
+def _verify_files(artefact: Artefact, files: epath.Path) -> None:
     found = []
-    for entry in [*manifest["shards"], *manifest["metadata"]]:
-        if damage := _damage((files or artefact.path) / entry["name"], entry):
+    for entry in [*artefact.manifest["shards"], *artefact.manifest.get("metadata", [])]:
+        if damage := _damage(files / entry["name"], entry):
             found.append(f"{artefact.path / entry['name']} {damage}")
     if found:
         more = f" (and {len(found) - 1} more files)" if found[1:] else ""
@@ -67,11 +70,11 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     path = artefact.path / name
     if damage := _damage(path, entry):
         raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
-    features = schema.features(schema.from_description(artefact.manifest["fields"]))
+    parse = schema.parser(artefact.manifest["fields"])
     with _local(path) as file:
         reader = array_record_module.ArrayRecordReader(str(file))
         try:
-            return [features.deserialize_example_np(data) for data in reader.read_all()]
+            return [parse(data) for data in reader.read_all()]
         finally:
             reader.close()
 
@@ -79,13 +82,15 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
 def verify_records(artefact: Artefact) -> int:
     """`verify`, and every record: decoded, checked, and with the others what the manifest says.
 
+    A worker's part is looked at too, which TFDS cannot open before it is merged.
+
     Returns:
       The number of records.
 
     Raises:
       UserError: naming what is wrong.
     """
-    verify(artefact)
+    _verify_files(artefact, artefact.path)
     seen: set[tuple[int, int]] = set()
     for shard in artefact.manifest["shards"]:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])
@@ -101,10 +106,11 @@ def verify_records(artefact: Artefact) -> int:
         if len(records) != shard["records"] or digest != shard["content"]:
             raise UserError(f"{path}: {len(records)} records that are not those of the manifest")
     promised = artefact.outputs.get("responses", len(seen))
-    if len(Records(artefact)) != len(seen) or len(seen) != promised:
+    readable = len(seen) if "worker" in artefact.manifest else len(Records(artefact))
+    if readable != len(seen) or len(seen) != promised:
         raise UserError(
             f"{artefact.path}: its shards hold {len(seen)} records, its metadata "
-            f"{len(Records(artefact))}, its manifest {promised}"
+            f"{readable}, its manifest {promised}"
         )
     return len(seen)
 
@@ -117,7 +123,7 @@ class Records:
     """
 
     def __init__(self, artefact: Artefact):
-        self._path = files = artefact.path
+        self._path, files = str(artefact.path), artefact.path
         if not is_local(files):
             self._copy = tempfile.TemporaryDirectory(prefix="lopd-cache-")
             files = epath.Path(self._copy.name)
@@ -125,13 +131,16 @@ class Records:
                 if not source.is_dir():
                     source.copy(files / source.name)
         verify(artefact, files)
-        self._source = tfds.builder_from_directory(files).as_data_source(schema.SPLIT)
+        self._source = tfds.builder_from_directory(files).as_data_source(
+            schema.SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        self._parse = schema.parser(artefact.manifest["fields"])
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        record = self._source[index]
+        record = self._parse(self._source[index])
         who = f"prompt_id {record['prompt_id']}, sample_id {record['sample_id']}"
         schema.check_record(record, f"{self._path}, record {index} ({who})")
         return record

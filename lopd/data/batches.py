@@ -26,8 +26,8 @@ RESPONSE_STATS = (
 )
 """Columns of `response_stats`: sums over the responses of a packed row.
 
-`positions` are the row positions that a response takes with its prompt; `repetition` is
-`repeated_share`.
+`positions` are the row positions that a response takes with its prompt; `repetition` is of
+`repeated_shares`.
 """
 
 _AHEAD = 3
@@ -36,22 +36,29 @@ _WHOLE = ("num_micro",)
 """Entries of a batch that every device holds; all others are split by rows."""
 
 
-def repeated_share(tokens: np.ndarray) -> float:
-    """The share of 8-grams that occurred earlier in the same response; near 1 in a loop."""
-    grams = tokens.astype(np.uint64)
+def repeated_shares(responses: Sequence[np.ndarray]) -> list[float]:
+    """Of each response the share of 8-grams that occurred earlier in it; near 1 in a loop."""
+    grams = np.concatenate(responses).astype(np.uint64)
     for shift, odd in ((1, 0x9E3779B97F4A7C15), (2, 0xC2B2AE3D27D4EB4F), (4, 0x165667B19E3779F9)):
-        if len(grams) <= shift:
-            return 0.0
-        grams = grams[:-shift] * np.uint64(odd) + grams[shift:]  # a hash modulo 2**64
-    grams.sort()  # np.unique is a hundred times slower on a short array
-    return np.count_nonzero(grams[1:] == grams[:-1]) / len(grams)
+        grams[:-shift] = grams[:-shift] * np.uint64(odd) + grams[shift:]  # a hash modulo 2**64
+    shares, end = [], 0
+    for response in responses:
+        start, end = end, end + len(response)
+        own = grams[start : max(start, end - 7)]  # those that end within the response
+        own.sort()  # np.unique is a hundred times slower on a short array
+        shares.append(np.count_nonzero(own[1:] == own[:-1]) / max(len(own), 1))
+    return shares
 
 
-def _stats(record: dict) -> list[float]:
-    positions = sequence_length(record)
-    response = record["response_tokens"]
-    cut = not record.get("finished", True)
-    return [1, positions, positions**2, len(response), cut, repeated_share(response)]
+def _stats(records: Sequence[dict]) -> list[list[float]]:
+    shares = repeated_shares([record["response_tokens"] for record in records])
+    stats = []
+    for record, share in zip(records, shares, strict=True):
+        positions = sequence_length(record)
+        cut = not record.get("finished", True)
+        response = len(record["response_tokens"])
+        stats.append([1, positions, positions**2, response, cut, share])
+    return stats
 
 
 def _micro_batches(
@@ -92,8 +99,8 @@ def _micro_batches(
         (*token_fields, "weights"),
     )
     stats = np.zeros((micros * len(rows), len(RESPONSE_STATS)), np.float32)
-    for record, (row, _) in zip(records, own_places, strict=True):
-        stats[row] += _stats(record)
+    if records:
+        np.add.at(stats, [row for row, _ in own_places], _stats(records))
     arrays = {
         name: a.reshape(micros, len(rows), *a.shape[1:])
         for name, a in {**arrays, "response_stats": stats}.items()
@@ -239,7 +246,7 @@ def step_indices(size: int, seed: int, batch_size: int) -> grain.MapDataset:
     record is dropped.
     """
     # `repeat` derives a new shuffling seed for each pass (grain's reseed_each_epoch).
-    indices = grain.MapDataset.source(range(size)).seed(seed).shuffle().repeat()
+    indices = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return indices.batch(batch_size, batch_fn=np.array)
 
 

@@ -56,8 +56,11 @@ class TokenSelection:
 
     def mask(self, response_tokens: np.ndarray) -> np.ndarray:
         """What may be trained on of a response, bool [R]."""
-        keep = ~np.isin(response_tokens, self.masked_ids)
-        keep[int(_share(np.float32(len(keep)), self.position_fraction)) :] = False
+        keep = np.ones(len(response_tokens), bool)
+        for token in self.masked_ids:
+            keep &= response_tokens != token
+        if self.position_fraction < 1:
+            keep[int(_share(np.float32(len(keep)), self.position_fraction)) :] = False
         return keep
 
     def count(self, response_tokens: np.ndarray) -> int:

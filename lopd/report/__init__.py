@@ -32,14 +32,18 @@ def write_report(workdirs: Sequence[epath.PathLike]) -> epath.Path:
     return path
 
 
-def write_after_run(workdir: epath.PathLike) -> epath.Path | None:
-    """The report of a run that has ended; a failure is one line of warning, not an error."""
+def write_after_run(workdir: epath.PathLike, failed: bool = False) -> epath.Path | None:
+    """The report of a run that has ended; what prevents it is one line of warning, not an error.
+
+    Not even that after a run that `failed`: its own error is the line to read.
+    """
     try:
         return write_report([workdir])
-    except Exception as error:  # whatever it is, the run itself has succeeded
+    except Exception as error:  # whatever it is, it must not hide how the run has ended
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(
-            f"lopd: warning: no report ({reason}); python -m lopd.report {workdir} tries again",
-            file=sys.stderr,
-        )
+        if not failed:
+            print(
+                f"lopd: warning: no report ({reason}); python -m lopd.report {workdir} tries again",
+                file=sys.stderr,
+            )
         return None

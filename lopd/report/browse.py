@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lopd.report.reading import Run
 
 # How much text the browsers may put into one page, whatever the run's size.
-_ROLLOUT_TOKENS = 40_000
+_ROLLOUT_TOKENS = 35_000
 _RESPONSE_CHARACTERS = 500_000
 
 

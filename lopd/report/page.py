@@ -161,10 +161,21 @@ def _headline(run: Run) -> list[dict]:
     return found
 
 
+def _failures(run: Run) -> list[dict]:
+    """What stopped a training, and which records, from its failure.json."""
+    found = []
+    for stage in run.stages.values():
+        if stage.failure:
+            bad = [record for record in stage.failure["records"] if not record["finite"]]
+            ids = [f"{r['prompt_id']}/{r['sample_id']}" for r in bad if "prompt_id" in r]
+            found.append({**stage.failure, "stage": stage.name, "alone": len(bad), "ids": ids})
+    return found
+
+
 def _notes(run: Run) -> list[str]:
     """What is unfinished, absent or unreadable."""
     notes = list(run.notes)
-    unfinished = [s.name for s in run.stages.values() if s.state == "unfinished"]
+    unfinished = [s.name for s in run.stages.values() if s.state in ("unfinished", "failed")]
     absent = [s.name for s in _shown(run) if s.state == "absent"]
     if unfinished:
         notes.append(
@@ -220,6 +231,7 @@ def _run(run: Run, colour: int) -> dict:
         "about": _about(run),
         "colour": colour,
         "headline": _headline(run),
+        "failures": _failures(run),
         "notes": _notes(run),
         "cards": _stage_cards(run),
         "settings": _setting_groups(run),
@@ -233,13 +245,12 @@ def _versions(runs: Sequence[Run]) -> list[str]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page of one run, or the comparison of several, as one HTML document."""
-    opd_plots, not_recorded = panels.stage_plots(runs, "opd")
+    opd = [panels.stage_plots(runs, "opd", running) for running in (False, True)]
+    opd_plots, not_recorded = (a + b for a, b in zip(*opd, strict=True))
     training = []
     for name in ("teacher", "sft", "control", "online"):
-        plots, _ = panels.stage_plots(runs, name)
-        if plots:
-            more = [plot for plot in plots if panels.about_running(plot)]
-            shown = [plot for plot in plots if not panels.about_running(plot)]
+        shown, more = (panels.stage_plots(runs, name, running)[0] for running in (False, True))
+        if shown or more:
             training.append({"name": name, "does": _DOES[name], "plots": shown, "more": more})
     advantage_plots = panels.advantage_plots(runs)
     models = accuracy.models(runs)

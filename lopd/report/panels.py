@@ -86,7 +86,6 @@ OPD = (
     _one("Effective sample size", "% of responses", "ess_fraction", **_SHARE),
     _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=True),
     *_RESPONSES,
-    *_RUNNING,
 )  # fmt: skip
 
 # The responses are π_θ's own: what OPD shows against π_ref would be against the sampler here.
@@ -96,14 +95,12 @@ ONLINE = (
     _ENTROPY,
     _GRADIENT,
     *_RESPONSES,
-    *_RUNNING,
 )
 
 FINE_TUNING = (
     _one("Loss", "cross-entropy, nats per token", "loss", unit="nats", log=None),
     _ENTROPY,
     _GRADIENT,
-    *_RUNNING,
 )
 
 
@@ -177,16 +174,21 @@ def _panel_plot(
     )  # fmt: skip
 
 
-def stage_plots(runs: Sequence[Run], stage: str) -> tuple[list[Plot], list[str]]:
+def stage_plots(
+    runs: Sequence[Run], stage: str, running: bool = False
+) -> tuple[list[Plot], list[str]]:
     """The plots of a training stage, and the titles of those that nothing was recorded for.
 
+    They show what the training makes of its model, or how it is `running`: its speed and rate.
     With several runs, each metric has a plot of its own and each run a colour.
     """
     plots, missing = [], []
-    for number, panel in enumerate({"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)):
+    chosen = _RUNNING if running else {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
+    key = f"{stage}-r" if running else stage
+    for number, panel in enumerate(chosen):
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
-            _panel_plot(runs, stage, panel, group, f"{stage}{number}-{i}")
+            _panel_plot(runs, stage, panel, group, f"{key}{number}-{i}")
             for i, group in enumerate(groups)
         ]
         found = [plot for plot in drawn if plot]
@@ -194,11 +196,6 @@ def stage_plots(runs: Sequence[Run], stage: str) -> tuple[list[Plot], list[str]]
         if not found and not panel.rare:
             missing.append(panel.title[0].lower() + panel.title[1:])
     return plots, missing
-
-
-def about_running(plot: Plot) -> bool:
-    """Whether it shows how fast and at which rate a training goes, not what it makes of a model."""
-    return plot.title.partition(":")[0] in {panel.title for panel in _RUNNING}
 
 
 BINS = 20
@@ -232,54 +229,71 @@ def _of_rollouts(run: Run) -> list[tuple[str, dict]]:
     for label, student in (("before", "ref_logprobs"), ("after", "student_logprobs")):
         advantages = rollout_advantages(run.rollouts, student)
         edges, counts = _histogram(advantages)
-        data = {"edges": edges, "counts": counts, "by_position": _by_position(advantages)[0]}
+        by_position = {"advantage": _by_position(advantages)[0]}
+        data = {"edges": edges, "counts": counts, "by_position": by_position}
         found.append((label, data))
     return found
 
 
+_ALONG = {
+    "kl_teacher": ("KL(π_θ‖π_T)", True),
+    "kl_ref": ("KL(π_ref‖π_θ)", True),
+    "entropy": ("Entropy", False),
+}
+"""What drift.jsonl has by position beside the advantage, and whether it spans much."""
+
+
 def _of_drift(run: Run) -> list[tuple[str, dict]]:
-    """The same of the first, a middle and the last row of drift.jsonl."""
+    """The same of the first, a middle and the last row of drift.jsonl, with the curves of _ALONG.
+
+    Runs of earlier versions have none of those.
+    """
     rows = [row for row in run.drift if row.get("advantage_histogram")]
     found = []
     for i in dict.fromkeys((0, len(rows) // 2, len(rows) - 1)) if rows else ():
         counts = np.asarray(rows[i]["position_counts"])
-        means = np.where(counts > 0, rows[i]["advantage_by_position"], np.nan)
-        data = {**rows[i]["advantage_histogram"], "by_position": means}
+        by_position = {
+            name: np.where(counts > 0, rows[i][f"{name}_by_position"], np.nan)
+            for name in ("advantage", *_ALONG)
+            if f"{name}_by_position" in rows[i]
+        }
+        data = {**rows[i]["advantage_histogram"], "by_position": by_position}
         found.append((f"step {rows[i]['step']:,}", data))
     return found
 
 
-def _snapshot_plots(
-    key: str, snapshots: Sequence[tuple[str, int, dict]], suffix: str, unit: str
-) -> list[Plot]:
-    """Mean advantage by position and histogram of (label, colour, data)."""
-    by_position, histogram = [], []
+_Snapshots = Sequence[tuple[str, int, dict]]
+"""(label, colour, data of `_of_rollouts` or `_of_drift`)."""
+
+
+def _histogram_plot(key: str, snapshots: _Snapshots, title: str, unit: str) -> Plot:
+    series = []
     for label, colour, data in snapshots:
         edges, counts = np.asarray(data["edges"], float), np.asarray(data["counts"], float)
         used = np.flatnonzero(counts)
         if len(used):  # nothing is drawn of the empty ends
             edges, counts = edges[used[0] : used[-1] + 2], counts[used[0] : used[-1] + 1]
         middle, share = (edges[1:] + edges[:-1]) / 2, 100 * counts / max(1, counts.sum())
-        histogram.append(Series(label, middle, share, colour, "bins", edges=edges))
-        means = np.asarray(data["by_position"], float)
-        middle = (np.arange(len(means)) + 0.5) * 100 / len(means)
-        by_position.append(Series(label, middle, means, colour, "line"))
-    if not snapshots:
-        return []
-    return [
-        line_plot(
-            f"position-{key}", f"Along a response{suffix}", "position in the response, %",
-            f"mean {unit}", by_position, unit="nats", zero=True,
-        ),
-        line_plot(
-            f"histogram-{key}", f"Histogram{suffix}", unit, "% of tokens", histogram, unit="%",
-            log=True,
-        ),
-    ]  # fmt: skip
+        series.append(Series(label, middle, share, colour, "bins", edges=edges))
+    return line_plot(key, title, unit, "% of tokens", series, unit="%", log=True)
+
+
+def _position_plot(
+    key: str, snapshots: _Snapshots, name: str, title: str, y_label: str, **how
+) -> Plot | None:
+    series = []
+    for label, colour, data in snapshots:
+        if name in data["by_position"]:
+            means = np.asarray(data["by_position"][name], float)
+            middle = (np.arange(len(means)) + 0.5) * 100 / len(means)
+            series.append(Series(label, middle, means, colour, "line"))
+    where = "position in the response, %"
+    return line_plot(key, title, where, y_label, series, unit="nats", **how) if series else None
 
 
 def advantage_plots(runs: Sequence[Run]) -> list[Plot]:
-    """Advantage by position and its histogram: on the rollouts, and on batches of the training.
+    """By position and as a histogram: the advantage on the rollouts, and on batches of the
+    training, and there what else is known by position.
 
     With several runs, only where each ended up: more lines would hide it.
     """
@@ -296,8 +310,17 @@ def advantage_plots(runs: Sequence[Run]) -> list[Plot]:
                 for i, run in enumerate(runs)
                 for label, data in source(run)[-1:]
             ]
-        plots += _snapshot_plots(key, shown, suffix, unit)
-    return plots
+        if not shown:
+            continue
+        title = f"Along a response{suffix}"
+        plots += [
+            _position_plot(f"position-{key}", shown, "advantage", title, f"mean {unit}", zero=True),
+            _histogram_plot(f"histogram-{key}", shown, f"Histogram{suffix}", unit),
+        ]
+        for name, (what, log) in _ALONG.items():
+            title, y_label = f"{what} along a response", "mean, nats per token"
+            plots.append(_position_plot(f"{name}-{key}", shown, name, title, y_label, log=log))
+    return [plot for plot in plots if plot]
 
 
 def heaviest_tokens(run: Run, count: int = 8) -> list[dict]:

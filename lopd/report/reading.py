@@ -17,15 +17,18 @@ TRAINING = ("teacher", "sft", "control", "opd", "online")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its state ("complete", "unfinished", "damaged" or "absent") and manifest.
+    """One stage of a run: its state and manifest.
 
-    `metrics` are the rows of metrics.jsonl of a training stage.
+    The state is "complete", "unfinished", "failed", "damaged" or "absent". `metrics` are the rows
+    of metrics.jsonl of a training stage; `failure` is its failure.json, if it has not gone past the
+    step that stopped it.
     """
 
     name: str
     state: str = "absent"
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: list[dict] = dataclasses.field(default_factory=list)
+    failure: dict[str, Any] | None = None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -106,8 +109,22 @@ def _read_stage(folder: epath.Path, name: str, notes: list[str]) -> Stage:
     if artefact.manifest is None:
         return Stage(name)
     metrics = _read_lines(folder / "metrics.jsonl", notes) if name in TRAINING else []
-    state = "complete" if artefact.complete else "unfinished"
-    return Stage(name, state, artefact.manifest, [row for row in metrics if "step" in row])
+    metrics = [row for row in metrics if "step" in row]
+    failure = _read_failure(folder / "failure.json", notes)
+    if failure and metrics and metrics[-1]["step"] >= failure["step"]:
+        failure = None
+    state = "complete" if artefact.complete else "failed" if failure else "unfinished"
+    return Stage(name, state, artefact.manifest, metrics, failure)
+
+
+def _read_failure(path: epath.Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        notes.append(f"{path.parent.name}/{path.name} cannot be read")
+        return None
 
 
 def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[dict, str]:

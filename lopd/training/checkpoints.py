@@ -1,14 +1,19 @@
 """Checkpoints and finished weights, both by Orbax."""
 
 import contextlib
+import enum
 import errno
+import hashlib
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -21,6 +26,16 @@ from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import qwen3
 from lopd.storage import is_local
+from lopd.training.state import TrainState
+
+_DAMAGE = (ValueError, KeyError, AttributeError, AssertionError, FileNotFoundError)
+"""What is raised when a file of a checkpoint was deleted, cut or changed.
+
+Found by doing so to each of them; JSON's and Unicode's errors are ValueErrors.
+"""
+_DAMAGE_STATUS = ("DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE")
+"""With which the text of TensorStore's ValueErrors begins then, or with NOT_FOUND. With others, or
+with an error of the operating system behind it, a file could not be read for another reason."""
 
 
 def open_manager(
@@ -71,26 +86,40 @@ def full_disk_is_an_os_error() -> Iterator[None]:
         raise
 
 
-def check_room(directory: epath.Path, abstract: Any, keep: int) -> None:
-    """Refuses to start on a local disk that cannot hold the checkpoints.
+def check_room(
+    directory: epath.Path, abstract: TrainState, steps: int, runtime: ml_collections.ConfigDict
+) -> None:
+    """Refuses to start on a local disk that cannot hold what a training of so many steps writes.
 
-    While one is written the `keep` before it still lie there; those there already count.
+    While a checkpoint is written, the `keep_checkpoints` before it still lie there, and so do all
+    that `keep_every` keeps for good; the weights are written last, beside those that are left. What
+    is there already counts.
 
     Raises:
       UserError: saying how much is needed and how much there is.
     """
     if not is_local(directory):
         return
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    size, weights = _bytes(abstract), _bytes(abstract.params)
+    saves = range(runtime.checkpoint_every, steps, runtime.checkpoint_every)
+    stay = {step for step in saves if runtime.keep_every and step % runtime.keep_every == 0}
+    most = len(stay.union(saves[-runtime.keep_checkpoints - 1 :]))
+    left = len(stay.union(saves[-runtime.keep_checkpoints :]))
     there = len(ocp.utils.checkpoint_steps(directory)) if directory.exists() else 0
-    needed = size * max(1, keep + 1 - there)
+    # A stop saves too, whatever is there.
+    needed = max(size, (most - there) * size, (left - there) * size + weights)
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
         raise UserError(
-            f"{directory} needs room for {keep + 1} checkpoints of {_gib(size)} ({there} are "
-            f"there), but {_gib(free)} is free: free {_gib(needed - free)} or keep fewer with "
-            "runtime.keep_checkpoints"
+            f"{directory} needs room for {most} checkpoints of {_gib(size)} ({there} are there) "
+            f"and for the weights, {_gib(weights)}, but {_gib(free)} is free: free "
+            f"{_gib(needed - free)}, or keep fewer with runtime.keep_checkpoints and "
+            "runtime.keep_every"
         )
+
+
+def _bytes(abstract: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def _gib(size: int) -> str:
@@ -109,6 +138,7 @@ def save_state(
       OSError: no room left on the disk, also when it was an earlier save that failed.
     """
     metadata = {"step": step, "content": params_fingerprint(state), "identity": identity}
+    metadata["checksum"] = _checksum(metadata)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
     )
@@ -125,17 +155,44 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[
             state=ocp.args.StandardRestore(abstract), metadata=ocp.args.JsonRestore()
         ),
     )
-    found, expected = params_fingerprint(restored.state), restored.metadata["content"]
+    metadata = restored.metadata
+    if metadata.pop("checksum") != _checksum(metadata):
+        raise ValueError("the checksum of its metadata differs")
+    found, expected = params_fingerprint(restored.state), metadata["content"]
     if found != expected:
         raise ValueError(f"its content has fingerprint {found}, but {expected} was saved")
-    return restored.state, restored.metadata
+    return restored.state, metadata
 
 
-def _agreed(success: bool) -> bool:
-    """Whether every process succeeded."""
-    if jax.process_count() == 1:
-        return success
-    return bool(np.all(multihost_utils.process_allgather(np.array(success))))
+def _checksum(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error in reading a checkpoint is the fault of what its files hold."""
+    if type(error) is Exception and error.__cause__ is not None:  # around one of TensorStore's
+        error = error.__cause__
+    if not isinstance(error, _DAMAGE):
+        return False
+    status = re.match(r"([A-Z_]+): ", str(error))
+    if not status or status[1] == "NOT_FOUND":
+        return True
+    return status[1] in _DAMAGE_STATUS and "os_error_code" not in str(error)
+
+
+class _Outcome(enum.IntEnum):
+    """Of reading a checkpoint, from good to bad."""
+
+    READ = 0
+    DAMAGED = 1
+    FAILED = 2
+
+
+def _worst(outcome: _Outcome) -> _Outcome:
+    """What all processes go by: the worst that befell one of them."""
+    if jax.process_count() > 1:
+        outcome = _Outcome(np.max(multihost_utils.process_allgather(np.array(outcome))))
+    return outcome
 
 
 def restore_newest(
@@ -147,18 +204,27 @@ def restore_newest(
     any checkpoint the answer is (0, None).
 
     Raises:
-      UserError: if there are checkpoints but none can be read, or if the checkpoint was made with
-        another `identity`.
+      UserError: if there are checkpoints but none can be read; if one cannot be read now for a
+        reason that may pass, such as permissions, memory or the network, as it may be sound; or if
+        the checkpoint was made with another `identity`.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
-        state, metadata, reason = None, None, "another process could not read it"
+        outcome, reason, cause = _Outcome.READ, "another process could not read it", None
         try:
             state, metadata = _restore(manager, step, abstract)
-        except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if _agreed(state is not None):
+        except Exception as error:
+            outcome = _Outcome.DAMAGED if _is_damage(error) else _Outcome.FAILED
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            cause = error
+        outcome = _worst(outcome)
+        if outcome == _Outcome.READ:
             break
+        if outcome == _Outcome.FAILED:
+            raise UserError(
+                f"checkpoint {manager.directory}/{step} could not be read ({reason}): it may be "
+                "sound, so nothing was deleted; run the same command again once the cause is gone"
+            ) from cause
         damaged.append(step)
         print(
             f"\nlopd: checkpoint {manager.directory}/{step} is damaged ({reason}); "

@@ -31,7 +31,9 @@ from lopd.training.step import (
 ADVANTAGE_EDGES = np.linspace(-5, 5, 41)
 """Of the histogram, in nats; what lies beyond is counted in the outermost bins."""
 POSITION_BINS = 20
-"""Of the per-position curve: equal parts of each response."""
+"""Of the per-position curves: equal parts of each response."""
+BY_POSITION = ("advantage", "kl_teacher", "kl_ref", "entropy")
+"""The diagnostics that have such a curve, as NAME_by_position."""
 _RESAMPLES = 1000
 
 
@@ -94,13 +96,15 @@ def scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> dict:
-    """Sums over one micro-batch: those of a step, a histogram, and a curve over positions."""
+    """Sums over one micro-batch: those of a step, a histogram, and curves over positions."""
     loss, sums = score_sums(objective, scores, micro, responses)
     mask = micro["mask"].astype(jnp.float32)
-    advantage = objective(scores, micro)[1]["advantage"]
+    diagnostics = objective(scores, micro)[1]
     edges, bins = ADVANTAGE_EDGES, len(ADVANTAGE_EDGES) - 1
     column = jnp.clip(
-        jnp.searchsorted(jnp.asarray(edges), advantage, side="right") - 1, 0, bins - 1
+        jnp.searchsorted(jnp.asarray(edges), diagnostics["advantage"], side="right") - 1,
+        0,
+        bins - 1,
     )
     # In which part of its response each target lies.
     segment, far = micro["segment_ids"], jnp.iinfo(jnp.int32).max
@@ -113,11 +117,15 @@ def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> d
     place = (micro["positions"] - first[segment]) * POSITION_BINS
     part = place // jnp.maximum(length[segment - 1].astype(jnp.int32), 1)
     part = jnp.clip(part, 0, POSITION_BINS - 1)
+    by_position = {
+        name: jnp.zeros(POSITION_BINS).at[part].add(jnp.where(micro["mask"], diagnostics[name], 0))
+        for name in BY_POSITION
+    }
     return {
         "sums": {**sums, "loss": loss},
         "histogram": jnp.zeros(bins).at[column].add(mask),
         "position_counts": jnp.zeros(POSITION_BINS).at[part].add(mask),
-        "position_advantage": jnp.zeros(POSITION_BINS).at[part].add(mask * advantage),
+        "by_position": by_position,
     }
 
 
@@ -162,7 +170,10 @@ def panel_row(step: int, train: dict, heldout: dict | None) -> dict:
             "edges": ADVANTAGE_EDGES.tolist(),
             "counts": train["histogram"].astype(int).tolist(),
         },
-        "advantage_by_position": (train["position_advantage"] / np.maximum(counts, 1)).tolist(),
+        **{
+            f"{name}_by_position": (sums / np.maximum(counts, 1)).tolist()
+            for name, sums in train["by_position"].items()
+        },
         "position_counts": counts.astype(int).tolist(),
     }
 

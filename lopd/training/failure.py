@@ -17,6 +17,7 @@ from lopd.objectives import Objective
 from lopd.storage import write_atomically
 from lopd.training.step import batch_gradients
 
+FAILURE = "failure.json"
 _NAMED = 5
 """At most so many records are named in the message; failure.json has all."""
 
@@ -47,6 +48,13 @@ def _alone(
         batch = put_batch(micro_batches([record], **layout), mesh, rows)
         found.append(tuple(float(x) for x in jax.device_get(look(params, batch))))
     return found
+
+
+def forget_overcome(artefact: Artefact, step: int) -> None:
+    """Deletes failure.json once the training it stopped has done that step."""
+    path = artefact.path / FAILURE
+    if parallel.is_main() and path.exists() and json.loads(path.read_text())["step"] <= step:
+        path.unlink()
 
 
 def stop_with_records(
@@ -84,14 +92,14 @@ def stop_with_records(
     if parallel.is_main():
         report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
         text = json.dumps({**report, "records": entries}, indent=2)
-        write_atomically(artefact.path / "failure.json", text + "\n")
+        write_atomically(artefact.path / FAILURE, text + "\n")
     names = ["/".join(str(entry[k]) for k in _record_id(entry)) for entry in bad[:_NAMED]]
     who = f"{len(bad)} of its {len(records)} records do it alone"
     if any(names):
         who += f", prompt_id/sample_id {', '.join(names)}{' …' if len(bad) > _NAMED else ''}"
     raise UserError(
         f"{artefact.path.name}: step {step} has loss {row['loss']} and gradient norm "
-        f"{row['grad_norm']} ({who}; all in {artefact.path / 'failure.json'}). The state before it "
+        f"{row['grad_norm']} ({who}; all in {artefact.path / FAILURE}). The state before it "
         f"is checkpoint {step - 1}, from which the same command goes on once the cause is gone; to "
         f"change the learning rate or the records, use another --workdir, or delete {artefact.path}"
     )

@@ -141,6 +141,8 @@ class _Log:
         if self._peak:
             row["utilisation"] = row["flops"] / seconds / self._peak
             shown["util"] = f"{row['utilisation']:.0%}"
+        else:
+            shown["FLOP/s"] = self._bar.format_sizeof(row["flops"] / seconds)
         for writer in self._writers:
             writer.write({"step": item.step, **row, **item.columns})
         self._bar.set_postfix(shown, refresh=False)
@@ -149,7 +151,9 @@ class _Log:
             return None
         panel = panel_row(item.step, *drift)
         if self._drift is not None:
-            self._drift.write(panel)
+            # A file of its own; the other writers tell the two rows apart by the names in them.
+            for writer in [self._drift, *self._writers[1:]]:
+                writer.write(panel)
         return panel
 
     def sync(self) -> None:
@@ -194,11 +198,12 @@ def _resume(
     initial_params: qwen3.Params,
     optimizer: Any,
     mesh: Mesh,
-    keep: int,
+    steps: int,
+    runtime: ml_collections.ConfigDict,
 ) -> tuple[int, TrainState]:
     """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
     abstract = abstract_state(model, optimizer, mesh)
-    checkpoints.check_room(artefact.path / "checkpoints", abstract, keep)
+    checkpoints.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
     start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
         return start, create_state(model, optimizer, initial_params, mesh)
@@ -259,11 +264,14 @@ def train(
         checkpoints.full_disk_is_an_os_error(),
         checkpoints.open_manager(directory, keep, runtime.keep_every) as manager,
     ):
-        start, state = _resume(manager, artefact, model, initial_params, optimizer, mesh, keep)
+        start, state = _resume(
+            manager, artefact, model, initial_params, optimizer, mesh, recipe.steps, runtime
+        )
         log = _Log(artefact, model, recipe, metrics, mesh, start, drift is not None)
         loop = _Loop(artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state)
         try:
             loop.run_rounds(start, recipe.steps)
+            failure.forget_overcome(artefact, recipe.steps)
         except _NotFinite as error:
             loop.save_now()
             step, row = error.args
@@ -362,6 +370,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self.log.sync()
         checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+        failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:
         """Saves the state, unless that step is saved, and waits until it is on disk."""
