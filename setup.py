@@ -4,6 +4,9 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# epath opens gs:// by gcsfs; Orbax asks Google's own client what kind of bucket it is.
+BUCKETS = ["gcsfs", "google-cloud-storage"]
+
 setup(
     name="lopd",
     version="0.1.0",
@@ -45,10 +48,13 @@ setup(
         "transformers",  # tokenizers and chat templates only; needs no torch for those
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *BUCKETS],  # what the workers of a slice share
+        "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
         "eval": ["math-verify"],
         "test": [
+            *BUCKETS,
+            "gcp-storage-emulator",
             "ipykernel",
             "math-verify",
             "nbclient",

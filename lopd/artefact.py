@@ -8,8 +8,6 @@ manifest holds the checksum of its own text, so that no change to it goes unseen
 
 import hashlib
 import json
-import os
-import socket
 from typing import Any
 
 from etils import epath
@@ -17,55 +15,10 @@ from etils import epath
 import lopd
 from lopd import parallel
 from lopd.errors import UserError
+from lopd.storage import absolute, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a small text file so that a reader sees the old content or the new, never a part.
-
-    Processes that write the same file at once (workers that start together) do no harm.
-    """
-    temporary = path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text)
-        sync(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # of a full disk
-        raise
-    sync(path.parent)
-
-
-def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is on a file system of this machine and not a URL."""
-    return "://" not in os.fspath(path)
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """A local path from the root, as Orbax needs it; a URL as it is."""
-    return epath.Path(os.path.abspath(path) if is_local(path) else path)
-
-
-def sync(path: epath.Path) -> None:
-    """Flushes a local file or directory to disk; object stores need no such thing."""
-    if not is_local(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: epath.Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from etils import epath
 
 from lopd import config as lopd_config
 from lopd import parallel, report, shutdown
-from lopd.artefact import Artefact, absolute, open_complete
+from lopd.artefact import Artefact, open_complete
 from lopd.context import Context
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
@@ -28,6 +28,7 @@ from lopd.stages import (
     teacher,
 )
 from lopd.stages import eval as evaluation
+from lopd.storage import absolute, check_url, is_local, reason
 
 STAGES = {
     "teacher": teacher,
@@ -89,8 +90,8 @@ def _check_writable(workdir: epath.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+    except Exception as error:  # the clients of buckets have their own kinds
+        raise UserError(f"--workdir={workdir} cannot be written: {reason(error)}") from error
     parallel.barrier("probes written")
     shared = (workdir / ".write-probe-0").exists()
     if parallel.any_process(not shared):
@@ -112,6 +113,16 @@ def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
     return "sft_data" in stages and not sft_data.given(ctx)
 
 
+def _check_urls(config: ml_collections.ConfigDict) -> None:
+    """Refuses settings that name what cannot be opened."""
+    task = config.task
+    paths = [config.tokenizer, task.sft_prompts, task.opd_prompts, *task.problems.split(",")]
+    paths += [config[name].checkpoint for name in ("teacher", "student", "sft")]
+    for path in (*paths, config.opd.cache):
+        if not is_local(path):
+            check_url(path)
+
+
 def check_settings(ctx: Context, stages: tuple[str, ...]) -> None:
     """Everything that can be refused by looking at the settings alone.
 
@@ -119,6 +130,7 @@ def check_settings(ctx: Context, stages: tuple[str, ...]) -> None:
       UserError: one line that says what is wrong.
     """
     lopd_config.validate(ctx.config, stages)
+    _check_urls(ctx.config)
     for which in ("teacher", "student"):
         if which == "teacher" and not _uses_teacher(ctx, stages):
             continue
@@ -168,6 +180,12 @@ def _check_artefacts(ctx: Context, stages: tuple[str, ...]) -> None:
 
 def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
     """What Hugging Face checkpoints must agree on before any is used."""
+    for path in (*map(ctx.external, adopt.MODELS), ctx.config.student.checkpoint):
+        if not is_local(path):
+            raise UserError(
+                f"checkpoint {path}: safetensors are read from a local folder or the Hugging Face "
+                "hub; copy it here (gcloud storage cp -r), or give its name at the hub"
+            )
     if ctx.external("teacher"):
         teacher = hf.resolve_checkpoint(ctx.external("teacher"))
         check_same_vocabulary(

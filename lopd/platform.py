@@ -6,6 +6,8 @@ import sys
 
 import jax
 
+from lopd.storage import is_local
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -34,4 +36,6 @@ def prepare(workdir: str) -> None:
         _keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+        if not is_local(workdir):  # JAX keeps its programs in buckets, XLA's C++ nothing
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -12,7 +12,7 @@ import tqdm
 from etils import epath
 
 from lopd import parallel
-from lopd.artefact import sync, write_atomically
+from lopd.storage import Growing, write_atomically
 
 
 def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, initial: int = 0):
@@ -39,7 +39,10 @@ def counted(items: Iterable, progress: tqdm.tqdm) -> Iterator:
 
 
 class MetricsFile:
-    """`metrics.jsonl` and its like: one JSON object per line, in order, also after a resume."""
+    """`metrics.jsonl` and its like: one JSON object per line, in order, also after a resume.
+
+    In a bucket, rows show after `sync` and at the end.
+    """
 
     def __init__(self, path: epath.Path, resume_step: int = 0):
         """Opens the file, dropping what an interrupted run wrote after `resume_step`."""
@@ -52,8 +55,9 @@ class MetricsFile:
                     break  # the last line of a killed run
                 if row["step"] <= resume_step:
                     kept.append(line)
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        self._path, self._file = path, path.open("a")
+        self._growing = Growing(path)
+        write_atomically(self._growing.local, "".join(line + "\n" for line in kept))
+        self._file = self._growing.local.open("a")
 
     def write(self, row: dict) -> None:
         """Appends one row; a number that is not finite becomes null, which JSON has."""
@@ -65,12 +69,13 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Makes the rows so far outlast a power failure."""
-        sync(self._path)
+        """Makes the rows so far outlast the machine."""
+        self._growing.sync()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        self._growing.sync()
 
 
 def flat(row: dict, prefix: str = "") -> Iterator[tuple[str, float | dict]]:
@@ -103,13 +108,17 @@ def _tensorboard_histogram(histogram: dict) -> dict:
 
 
 class TensorBoard:
-    """The same rows as TensorBoard event files."""
+    """The same rows as TensorBoard event files; in a bucket, after `sync` and at the end."""
 
     def __init__(self, path: epath.Path, resume_step: int = 0):
         import tensorboardX  # 1 s, which a run that does not train need not wait for
 
+        # tensorboardX writes to buckets too, but its file as a whole at each flush.
+        self._growing = Growing(path)
         # What an interrupted run wrote after `resume_step` is marked as void.
-        self._writer = tensorboardX.SummaryWriter(str(path), purge_step=resume_step + 1)
+        self._writer = tensorboardX.SummaryWriter(
+            str(self._growing.local), purge_step=resume_step + 1
+        )
 
     def write(self, row: dict) -> None:
         """Adds the scalars and histograms of one row."""
@@ -122,9 +131,14 @@ class TensorBoard:
                 self._writer.add_scalar(name, x, step)
         self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
 
+    def sync(self) -> None:
+        """Makes the rows so far outlast the machine."""
+        self._growing.sync()
+
     def close(self) -> None:
         """Writes what is still in memory and closes the file."""
         self._writer.close()
+        self._growing.sync()
 
 
 class WandB:
@@ -156,6 +170,9 @@ class WandB:
             for name, x in flat(row)
         }
         self._run.log(values, step=row["step"])
+
+    def sync(self) -> None:
+        """Nothing: the rows are sent as they come."""
 
     def close(self) -> None:
         """Ends the report; called while an error passes through, it is that of a failed run."""

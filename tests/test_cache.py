@@ -5,14 +5,12 @@ import re
 import subprocess
 import sys
 
-import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from lopd.artefact import Artefact, open_complete
 from lopd.cache import parquet, schema, summary, totals, writer
@@ -374,30 +372,3 @@ def test_colours_on_a_terminal():
     assert text.count("\x1b[48;2;0;") == 4  # each of the four tokens, on green: A = +1.5
     assert text.count("⟨+1.50⟩") == 4
     assert "⟨" not in summary.show_record(record(1), tokenizer, colour=True)  # A = +0.5
-
-
-class Bucket(MemoryFileSystem):
-    """gs:// in memory: what fsspec offers of an object store."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gs:/"))
-
-
-def test_a_cache_in_a_bucket(monkeypatch, tmp_path):
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    cache = make_top_k_cache(epath.Path("gs://bucket/run/precompute"))
-    names = sorted(path.name for path in cache.path.iterdir())
-    assert names == sorted([schema.shard_name(0, 2), schema.shard_name(1, 2), "manifest.json",
-                            *writer.METADATA])  # fmt: skip
-    again = open_complete("gs://bucket/run/precompute", "the cache")
-    assert verify_records(again) == 10
-    assert bits(again) == bits(make_top_k_cache(tmp_path))
-    shard = cache.path / schema.shard_name(0, 2)
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"gs://bucket/.*-00000-of-00002 is damaged"):
-        Records(again)

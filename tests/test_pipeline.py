@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import gcs_server
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -49,13 +50,17 @@ def command(workdir, stages="", config="configs/tiny.py", **settings) -> list[st
     ]
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+def environment(more=()) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return inherited | {"JAX_PLATFORMS": "cpu"} | dict(more)
 
 
-def run(*args, **settings) -> subprocess.CompletedProcess:
+def run(*args, more_environment=(), **settings) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*args, **settings), capture_output=True, text=True, env=environment()
+        command(*args, **settings),
+        capture_output=True,
+        text=True,
+        env=environment(more_environment),
     )
 
 
@@ -154,8 +159,11 @@ def test_run_ends_with_its_report(whole):
 
 
 def test_killed_in_each_stage_and_run_again_gives_the_same(whole, tmp_path):
-    """SIGKILL soon after each stage has begun, and once more; then to the end."""
-    for stage in [s for s in STAGES if s not in ("heldout", "export")]:
+    """SIGKILL soon after each stage has begun, and once more; then to the end.
+
+    In precompute and opd the run in a bucket is killed.
+    """
+    for stage in [s for s in STAGES if s not in ("precompute", "heldout", "opd", "export")]:
         for pause in (0.0, 1.5):
             process = subprocess.Popen(
                 command(tmp_path), env=environment(), stdout=subprocess.DEVNULL,
@@ -170,6 +178,72 @@ def test_killed_in_each_stage_and_run_again_gives_the_same(whole, tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path) == outcome(whole[0])
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with gcs_server.serve() as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def whole_in_bucket(bucket, tmp_path_factory):
+    """A run in gs://bucket/run, killed twice: a copy of what is there then, and its output."""
+    points = {  # in the middle of precompute, and while OPD saves a checkpoint
+        "run/precompute/cache": lambda names: len(names) >= 2,
+        "run/opd/checkpoints/4/": lambda names: names and not any("commit" in n for n in names),
+    }
+    environment_ = environment(bucket.environment)
+    for prefix, reached in points.items():
+        process = subprocess.Popen(
+            command("gs://bucket/run"), env=environment_, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and not reached(bucket.names(prefix)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = run("gs://bucket/run", more_environment=bucket.environment)
+    assert done.returncode == 0, done.stderr
+    return bucket.download("run/", tmp_path_factory.mktemp("bucket")), done
+
+
+def test_killed_and_continued_in_a_bucket_gives_the_same(whole, whole_in_bucket):
+    """Every stage in a bucket, by the real clients of a server: the artefacts of a local run."""
+    workdir, done = whole_in_bucket
+    assert "precompute: complete, skipped" in done.stdout and "opd: continued" in done.stdout
+    assert outcome(workdir) == outcome(whole[0])
+    for stage in ("teacher", "sft", "opd", "control"):
+        rows = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+        events = list((workdir / stage / "tensorboard").iterdir())
+        assert len(events) == (2 if stage == "opd" else 1) and all(e.stat().st_size for e in events)
+        assert sorted(p.name for p in (workdir / stage / "checkpoints").iterdir()) == ["2", "4"]
+    drift = [(w / "opd" / "drift.jsonl").read_text() for w in (workdir, whole[0])]
+    assert drift[0] == drift[1]
+    assert "report: gs://bucket/run/report.html" in done.stdout and "warning" not in done.stderr
+    assert "9 of 9 stages complete" in (workdir / "report.html").read_text()
+
+
+def module(name: str, *arguments: str, environment: dict) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_damage_in_a_bucket_is_found(whole_in_bucket, bucket):
+    shard = next(name for name in bucket.names("run/precompute/cache") if "00003-of" in name)
+    bucket.write(shard, bucket.read(shard)[:-1])
+    where, clients = "gs://bucket/run/precompute", environment(bucket.environment)
+    refused(module("lopd.cache", "verify", where, environment=clients), f"{shard} is damaged")
+
+
+def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
+    read_only = run("gs://readonly/run", more_environment=bucket.environment)
+    refused(read_only, "gs://readonly/run cannot be written: Forbidden")
+    missing = module(
+        "lopd.report", "gs://nobucket/run", environment=environment(bucket.environment)
+    )
+    refused(missing, "gs://nobucket: there is no such bucket")
 
 
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 from training_run import CONFIG, batches, mesh_of
 
-from lopd import parallel, progress
+from lopd import parallel, storage
 from lopd.artefact import Artefact
 from lopd.cache import schema, writer
 from lopd.cache.reader import Records
@@ -249,14 +249,15 @@ def test_other_bits_in_a_sound_file_are_damage(tmp_path):
 def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
     on_disk, saved, save = {}, {}, checkpoints.save_state
 
-    def count_rows(path):
-        on_disk[path.name] = len(path.read_text().splitlines())
+    def count_rows(growing):
+        if growing.path.suffix == ".jsonl":
+            on_disk[growing.path.name] = len(growing.path.read_text().splitlines())
 
     def note_and_save(manager, step, *rest):
         saved[step] = dict(on_disk)
         save(manager, step, *rest)
 
-    monkeypatch.setattr(progress, "sync", count_rows)
+    monkeypatch.setattr(storage.Growing, "sync", count_rows)
     monkeypatch.setattr(checkpoints, "save_state", note_and_save)
     run_training(tmp_path)
     rows = {step: {"metrics.jsonl": step, "drift.jsonl": 0} for step in (3, 6)}

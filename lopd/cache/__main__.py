@@ -15,11 +15,11 @@ import argparse
 import sys
 
 from absl import logging
-from etils import epath
 
 from lopd import shutdown
 from lopd.artefact import open_complete
 from lopd.errors import UserError
+from lopd.storage import absolute
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -76,13 +76,13 @@ def _merge(args: argparse.Namespace) -> None:
 def _to_parquet(args: argparse.Namespace) -> None:
     from lopd.cache import parquet
 
-    parquet.to_parquet(open_complete(args.dir, "the cache"), epath.Path(args.file))
+    parquet.to_parquet(open_complete(args.dir, "the cache"), absolute(args.file))
 
 
 def _from_parquet(args: argparse.Namespace) -> None:
     from lopd.cache import parquet
 
-    parquet.from_parquet(epath.Path(args.file), args.dir)
+    parquet.from_parquet(absolute(args.file), args.dir)
 
 
 def _import_released(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from etils import epath
 from lopd.artefact import Artefact
 from lopd.cache import reader, schema, writer
 from lopd.errors import UserError
+from lopd.storage import whole_file
 
 _MANIFEST = b"lopd.manifest"
 
@@ -42,9 +43,9 @@ def to_parquet(artefact: Artefact, file: epath.Path) -> None:
         [(name, _arrow_type(*kind)) for name, kind in fields.items()],
         metadata={_MANIFEST: json.dumps(artefact.manifest)},
     )
-    temporary = file.parent / f".{file.name}.tmp"
     with (
-        temporary.open("wb") as stream,
+        whole_file(file) as whole,
+        whole.open("wb") as stream,
         pyarrow.parquet.ParquetWriter(stream, table_schema, compression="zstd") as table,
     ):
         for shard in artefact.manifest["shards"]:
@@ -54,7 +55,6 @@ def to_parquet(artefact: Artefact, file: epath.Path) -> None:
                 for name in fields
             ]
             table.write_table(pyarrow.Table.from_arrays(columns, schema=table_schema))
-    temporary.replace(file)
 
 
 def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, dict]:

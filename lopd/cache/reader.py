@@ -8,9 +8,10 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefact import Artefact, file_sha256, is_local
+from lopd.artefact import Artefact
 from lopd.cache import schema
 from lopd.errors import UserError
+from lopd.storage import file_sha256, is_local
 
 
 def _damage(path: epath.Path, entry: dict) -> str:

@@ -1,7 +1,6 @@
 """Writing shards so that a crash at any instant leaves only whole ones."""
 
 import errno
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,9 +9,10 @@ from array_record.python import array_record_module
 from etils import epath
 
 from lopd import parallel, shutdown
-from lopd.artefact import Artefact, file_sha256, is_local, sync
+from lopd.artefact import Artefact
 from lopd.cache import schema, totals
 from lopd.errors import UserError
+from lopd.storage import file_sha256, sync, whole_file
 
 METADATA = ("features.json", "dataset_info.json")
 """The files by which TFDS knows the directory."""
@@ -37,7 +37,6 @@ def _write_records(path: epath.Path, serialized: Sequence[bytes]) -> None:
             writer.write(data)
         writer.close()
     except RuntimeError as error:
-        path.unlink(missing_ok=True)
         # ArrayRecord has no other sign of it than the text.
         if "No space left" in str(error) or "quota" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
@@ -48,7 +47,7 @@ def _write_records(path: epath.Path, serialized: Sequence[bytes]) -> None:
 
 
 def _entry(path: epath.Path) -> dict:
-    return {"name": path.name, "bytes": path.stat().length, "sha256": file_sha256(path)}
+    return {"bytes": path.stat().length, "sha256": file_sha256(path)}
 
 
 def _list(artefact: Artefact, entry: dict) -> None:
@@ -77,18 +76,9 @@ def write_shard(
     path = artefact.path / schema.shard_name(index, count)
     content = f"{schema.content_digest(records):064x}"
     about = {"name": path.name, "records": len(records), "content": content, "totals": counted}
-    if is_local(path):
-        temporary = path.parent / f"{path.name}.tmp"
-        _write_records(temporary, serialized)
-        entry = _entry(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    else:  # ArrayRecord writes local files; an object store shows an upload whole or not at all
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = epath.Path(folder) / path.name
-            _write_records(temporary, serialized)
-            entry = _entry(temporary)
-            temporary.copy(path, overwrite=True)
+    with whole_file(path) as file:
+        _write_records(file, serialized)
+        entry = _entry(file)
     artefact.manifest["fields"] = schema.describe(fields)
     _list(artefact, entry | about)
 
@@ -99,15 +89,11 @@ def copy_shard(artefact: Artefact, source: epath.Path, entry: dict) -> None:
     Raises:
       UserError: if the copy is not what the entry says.
     """
-    path = artefact.path / entry["name"]
-    temporary = path.parent / f"{path.name}.tmp"
-    source.copy(temporary, overwrite=True)
-    found = _entry(temporary)
-    if any(found[key] != entry[key] for key in ("bytes", "sha256")):
-        raise UserError(f"{source} is damaged (size or checksum differs from its manifest)")
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    with whole_file(artefact.path / entry["name"]) as file:
+        source.copy(file, overwrite=True)
+        found = _entry(file)
+        if any(found[key] != entry[key] for key in found):
+            raise UserError(f"{source} is damaged (size or checksum differs from its manifest)")
     _list(artefact, entry)
 
 
@@ -194,5 +180,7 @@ def write_metadata(artefact: Artefact) -> None:
     )
     for name in METADATA:
         sync(artefact.path / name)
-    artefact.manifest["metadata"] = [_entry(artefact.path / name) for name in METADATA]
+    artefact.manifest["metadata"] = [
+        {"name": name, **_entry(artefact.path / name)} for name in METADATA
+    ]
     artefact.save()

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from lopd.errors import UserError
+from lopd.storage import is_local
 
 Messages = tuple[dict[str, str], ...]
 
@@ -182,6 +183,11 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
       UserError: if nothing is there, or a row cannot be read.
     """
     if source.startswith("tfds:") or (epath.Path(source) / "dataset_info.json").exists():
+        if not is_local(source):
+            raise UserError(
+                f"{source}: TFDS reads prepared folders from a local disk only; copy it here "
+                "(gcloud storage cp -r)"
+            )
         yield from _tfds_rows(source)
         return
     files = _files(source)

@@ -1,11 +1,9 @@
 """Tensors in safetensors files, one at a time in and one file at a time out."""
 
-import contextlib
 import dataclasses
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +11,8 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from lopd.artefact import is_local, sync
 from lopd.errors import UserError
+from lopd.storage import whole_file
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -76,22 +74,9 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(path, name, shapes[name], DTYPES[types[name]]) for name in shapes}
 
 
-@contextlib.contextmanager
-def _local(path: epath.Path) -> Iterator[str]:
-    """A local file to write, which ends up at `path`: itself, or a copy where that is a URL."""
-    if is_local(path):
-        yield os.fspath(path)
-        sync(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = epath.Path(folder) / path.name
-        yield os.fspath(file)
-        file.copy(path, overwrite=True)
-
-
 def write(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a file."""
     # The metadata is how Transformers knows PyTorch's [out, in] layout.
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    with _local(path) as file:
-        safetensors.numpy.save_file(contiguous, file, metadata={"format": "pt"})
+    with whole_file(path) as file:
+        safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})

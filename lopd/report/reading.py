@@ -6,9 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from lopd.artefact import Artefact, absolute
+from lopd.artefact import Artefact
 from lopd.config import STAGES
 from lopd.errors import UserError
+from lopd.storage import absolute
 
 TRAINING = ("teacher", "sft", "control", "opd", "online")
 """Stages that leave a metrics.jsonl."""

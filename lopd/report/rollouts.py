@@ -5,11 +5,12 @@ import json
 import numpy as np
 
 from lopd import parallel
-from lopd.artefact import Artefact, write_atomically
+from lopd.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.context import PARAMS, Context
 from lopd.data.tokenizers import Tokenizer
 from lopd.scoring import score_responses
+from lopd.storage import write_atomically
 from lopd.training import checkpoints
 
 ROLLOUTS = 64

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from lopd import parallel
-from lopd.artefact import Artefact, write_atomically
+from lopd.artefact import Artefact
 from lopd.context import Context
 from lopd.models.qwen3 import Params
 from lopd.progress import bar, counted
 from lopd.sampling.engine import Request, Response
 from lopd.stages import common
+from lopd.storage import write_atomically
 from lopd.tasks import Problem, metrics
 
 MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",

@@ -5,7 +5,7 @@ from etils import epath
 
 from lopd import config as lopd_config
 from lopd import parallel
-from lopd.artefact import Artefact, absolute
+from lopd.artefact import Artefact
 from lopd.cache import released, schema
 from lopd.context import Context
 from lopd.data.tokenizers import check_vocabulary
@@ -15,6 +15,7 @@ from lopd.models import hf
 from lopd.models.qwen3 import Params
 from lopd.scoring import score_responses
 from lopd.stages import common
+from lopd.storage import absolute
 
 
 def _ref_params(ctx: Context) -> tuple[Params, str]:

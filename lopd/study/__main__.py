@@ -16,9 +16,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lopd import shutdown
-from lopd.artefact import absolute, is_local
 from lopd.errors import UserError
 from lopd.main import CONFIG, STAGES, WORKDIR, WORKER, fail, guarded, parse_flags
+from lopd.storage import absolute, is_local
 
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in order; by default the study's.")
 ARMS = flags.DEFINE_list("arms", [], "Arms to run and to show; by default all.")

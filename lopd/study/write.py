@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 import lopd
-from lopd.artefact import write_atomically
+from lopd.storage import write_atomically
 from lopd.study.design import Arm, Study
 from lopd.study.results import collect
 from lopd.study.store import Store

@@ -21,10 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lopd import parallel
-from lopd.artefact import differences, is_local
+from lopd.artefact import differences
 from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import qwen3
+from lopd.storage import is_local
 from lopd.training.state import TrainState
 
 _DAMAGE = (ValueError, KeyError, AttributeError, AssertionError, FileNotFoundError)

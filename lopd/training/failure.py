@@ -8,12 +8,13 @@ import optax
 from jax.sharding import Mesh
 
 from lopd import parallel
-from lopd.artefact import Artefact, write_atomically
+from lopd.artefact import Artefact
 from lopd.data.batches import micro_batches, put_batch
 from lopd.errors import UserError
 from lopd.models import qwen3
 from lopd.models.sharding import on_mesh
 from lopd.objectives import Objective
+from lopd.storage import write_atomically
 from lopd.training.step import batch_gradients
 
 FAILURE = "failure.json"

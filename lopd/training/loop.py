@@ -20,6 +20,7 @@ from lopd.data.batches import Arrays, put_batch
 from lopd.models import qwen3
 from lopd.objectives import Batch, Objective
 from lopd.progress import MetricsFile, bar, metrics_writers
+from lopd.storage import Growing
 from lopd.training import checkpoints, failure
 from lopd.training.diagnostics import Drift, panel_row, scalars
 from lopd.training.state import (
@@ -110,6 +111,10 @@ class _Log:
         self._rates = np.asarray(jax.vmap(learning_rate_schedule(recipe))(counts) + 0.0 * counts)
         self.start_clock()
 
+    @property
+    def _all(self) -> list:
+        return [*self._writers, *([self._drift] if self._drift else [])]
+
     def start_clock(self) -> None:
         """Steps take time from now on."""
         self._clock = time.perf_counter()
@@ -152,15 +157,14 @@ class _Log:
         return panel
 
     def sync(self) -> None:
-        """Puts the rows so far on disk, as going on from a later checkpoint writes none of them."""
-        for writer in [*self._writers, self._drift]:
-            if isinstance(writer, MetricsFile):
-                writer.sync()
+        """Makes the rows so far last, as going on from a later checkpoint writes none of them."""
+        for writer in self._all:
+            writer.sync()
 
     def close(self) -> None:
         """Closes the files and the live line."""
         self._bar.close()
-        for writer in [*self._writers, *([self._drift] if self._drift else [])]:
+        for writer in self._all:
             writer.close()
 
 
@@ -168,14 +172,14 @@ class _Profile:
     """A jax.profiler trace of steps first … last, under the artefact; (0, 0) for none."""
 
     def __init__(self, artefact: Artefact, steps: tuple[int, int]):
-        self._path = str(artefact.path / "profile")
+        self._growing = Growing(artefact.path / "profile")
         self._first, self._last = steps
         self._on = False
 
     def before(self, step: int) -> None:
         """Starts it when its first step is about to be dispatched."""
         if step == self._first:
-            jax.profiler.start_trace(self._path)
+            jax.profiler.start_trace(str(self._growing.local))
             self._on = True
 
     def after(self, step: int, result: Any) -> None:
@@ -183,6 +187,7 @@ class _Profile:
         if self._on and step == self._last:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
+            self._growing.sync()
             self._on = False
 
 
