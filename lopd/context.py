@@ -102,7 +102,11 @@ class Context:
     def given(self, stage: str) -> str:
         """The finished artefact to use instead of running `stage`, or the empty string."""
         path = self._instead(stage)
-        is_artefact = path and (stage == "precompute" or (epath.Path(path) / MANIFEST).exists())
+        if not path or stage == "precompute":
+            return path
+        # What `export` leaves has a manifest too, but is a Hugging Face checkpoint.
+        folder = epath.Path(path)
+        is_artefact = (folder / MANIFEST).exists() and not (folder / hf_config.CONFIG).exists()
         return path if is_artefact else ""
 
     def external(self, stage: str) -> str:

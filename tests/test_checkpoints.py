@@ -108,9 +108,10 @@ def test_all_stages_run_and_the_student_generates_in_transformers(files, finishe
     assert not torch.equal(base.model.norm.weight, model.model.norm.weight)
 
 
-def test_eval_of_a_checkpoint_alone(files, tmp_path):
+def test_eval_of_a_checkpoint_alone(files, finished, tmp_path):
+    """Of one that `export` wrote, whose manifest does not make it an artefact to go on from."""
     changes = dict(
-        teacher__checkpoint="", student__checkpoint="", sft__checkpoint=files / "student"
+        teacher__checkpoint="", student__checkpoint="", sft__checkpoint=finished / "export"
     )
     two = f"{files / 'problems.jsonl'},{files / 'opd.jsonl'}?prompt=problem&answer=answer"
     done = run(files, tmp_path, "eval", task__problems=two, **changes)

@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopd import parallel
-from lopd.artefact import write_atomically
 from lopd.errors import UserError
 from lopd.models import qwen3, safetensors_file
-from lopd.models.hf_config import checkpoint_config, config_to_hf, read_json
+from lopd.models.hf_config import CONFIG, checkpoint_config, config_to_hf, read_json
 from lopd.models.qwen3 import Params, Qwen3Config
 from lopd.models.safetensors_file import StoredTensor
+from lopd.storage import write_atomically
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -345,7 +345,7 @@ def save_checkpoint(
         total = sum(math.prod(place.shape) for place in places.values()) * dtype.itemsize
         weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(path / "config.json", config_to_hf(config, end_id, dtype.name))
+    _write_json(path / CONFIG, config_to_hf(config, end_id, dtype.name))
     _write_json(path / "generation_config.json", {"eos_token_id": end_id, "do_sample": False})
 
 

@@ -9,6 +9,8 @@ from etils import epath
 from lopd.errors import UserError
 from lopd.models.qwen3 import Qwen3Config
 
+CONFIG = "config.json"
+
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
@@ -145,6 +147,6 @@ def checkpoint_config(path: epath.Path) -> Qwen3Config:
       UserError: if it is missing, or is refused by `config_from_hf`.
     """
     try:
-        return config_from_hf(read_json(path / "config.json"))
+        return config_from_hf(read_json(path / CONFIG))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
