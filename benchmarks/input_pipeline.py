@@ -19,6 +19,7 @@ from lopd.artefact import Artefact
 from lopd.cache import totals, writer
 from lopd.cache.reader import Records
 from lopd.cache.schema import SCORED_FIELDS
+from lopd.config import base_config
 from lopd.data.batches import step_batches
 
 TARGET = 20 * 10_000
@@ -47,11 +48,14 @@ def long_records(count: int) -> list[dict]:
 
 
 def make_cache(path: str, records: list[dict]) -> Artefact:
-    """A finished cache of one shard."""
+    """A finished cache, in shards as `precompute` makes them by default."""
     artefact = Artefact(path)
     artefact.begin("precompute", {}, {})
-    counted = totals.of_responses(records) | totals.of_scores(records)
-    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, counted)
+    per_shard = base_config().runtime.records_per_shard
+    shards = [records[i : i + per_shard] for i in range(0, len(records), per_shard)]
+    for i, shard in enumerate(shards):
+        counted = totals.of_responses(shard) | totals.of_scores(shard)
+        writer.write_shard(artefact, SCORED_FIELDS, i, len(shards), shard, counted)
     writer.write_metadata(artefact)
     artefact.finish(writer.outputs(artefact))
     return artefact
