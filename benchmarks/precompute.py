@@ -3,7 +3,7 @@
     python benchmarks/precompute.py [--prompts=512]
 
 A student of 8 M parameters answers prompts of the addition task, a teacher of 13 M and π_ref score
-the responses (mean about 100 tokens, cap 256), and shards of 128 are written: `precompute` as it
+the responses (mean 144 tokens, cap 256), and shards of 128 are written: `precompute` as it
 is. Then the sampler alone on the same prompts, and the scorers alone on the same records, shards
 queued up. On a machine whose cores do both, the job can take no less than the sum: what it takes
 more is what the host does that nothing hides (bookkeeping, writing, checksums, hand-overs).
@@ -98,7 +98,7 @@ def scoring_alone(ctx: Context, weights: dict, records: list[dict]) -> float:
 
 
 def main() -> None:
-    """Prints the three times and the sum's part of the job's."""
+    """Prints the three times, and the job's against the sum of the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)

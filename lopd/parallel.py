@@ -253,11 +253,12 @@ class StopVote:
 
     def agreed(self) -> bool:
         """Asks; with several processes it answers what was asked a turn ago, without waiting."""
-        asked = any_process(shutdown.requested())
-        if jax.process_count() == 1:
-            return asked
-        before, self._before = self._before, asked
-        return bool(before)
+        stop = any_process(shutdown.requested())
+        if jax.process_count() > 1:
+            stop, self._before = self._before, stop
+        if stop:
+            shutdown.request()
+        return bool(stop)
 
     def check(self) -> None:
         """`agreed`, for where a stop is an exception.
@@ -276,6 +277,7 @@ def check_stop() -> None:
       Stopped: if any process was asked to stop.
     """
     if any_process(shutdown.requested()):
+        shutdown.request()
         raise shutdown.Stopped
 
 

@@ -226,10 +226,16 @@ def run(
     ordered = [name for name in STAGES if name in stages or ctx.external(name)]
     try:
         _run_stages(ctx, ordered)
-    except BaseException:
-        # What the stages have left is looked at most after a failure. What a stop was for may
-        # come half a minute after the signal, and leaving with the right code goes before a page.
+    except shutdown.Stopped:
+        # What a stop was for may come half a minute after the signal, and leaving with the right
+        # code goes before a page.
         if parallel.is_main() and shutdown.seconds_since_request() < _REPORT_WITHIN:
+            with shutdown.ignored():
+                _write_report(ctx, failed=True)
+        raise
+    except BaseException:
+        # What the stages have left is looked at most after a failure.
+        if parallel.is_main():
             _write_report(ctx, failed=True)
         raise
     if parallel.is_main():

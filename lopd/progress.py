@@ -5,13 +5,14 @@ import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tqdm
 from etils import epath
 
-from lopd import parallel
+from lopd import parallel, shutdown
 from lopd.storage import Growing, write_atomically
 
 
@@ -111,25 +112,31 @@ class TensorBoard:
     """The same rows as TensorBoard event files; in a bucket, after `sync` and at the end."""
 
     def __init__(self, path: epath.Path, resume_step: int = 0):
-        import tensorboardX  # 1 s, which a run that does not train need not wait for
+        # 1 s, which a run that does not train need not wait for.
+        from tensorboardX import event_file_writer, proto, summary
 
-        # tensorboardX writes to buckets too, but its file as a whole at each flush.
+        self._summary, self._event = summary, proto.event_pb2.Event
         self._growing = Growing(path)
+        self._growing.local.mkdir(parents=True, exist_ok=True)
+        # Not SummaryWriter: it hands events to a thread, and what a checkpoint is to follow could
+        # still be in its queue when the run is killed.
+        self._writer = event_file_writer.EventsWriter(str(self._growing.local / "events"))
         # What an interrupted run wrote after `resume_step` is marked as void.
-        self._writer = tensorboardX.SummaryWriter(
-            str(self._growing.local), purge_step=resume_step + 1
-        )
+        void, start = resume_step + 1, proto.event_pb2.SessionLog.START
+        session = proto.event_pb2.SessionLog(status=start)
+        self._writer.write_event(self._event(step=void, file_version="brain.Event:2"))
+        self._writer.write_event(self._event(step=void, session_log=session))
 
     def write(self, row: dict) -> None:
         """Adds the scalars and histograms of one row."""
-        step = row["step"]
         for name, x in flat(row):
             if isinstance(x, dict):
-                arguments = _tensorboard_histogram(x)
-                self._writer.add_histogram_raw(name, **arguments, global_step=step)
+                summary = self._summary.histogram_raw(name, **_tensorboard_histogram(x))
             else:
-                self._writer.add_scalar(name, x, step)
-        self._writer.flush()  # a killed run goes on after its checkpoint and never comes back
+                summary = self._summary.scalar(name, x)
+            event = self._event(summary=summary, step=row["step"], wall_time=time.time())
+            self._writer.write_event(event)
+        self._writer.flush()
 
     def sync(self) -> None:
         """Makes the rows so far outlast the machine."""
@@ -176,7 +183,8 @@ class WandB:
 
     def close(self) -> None:
         """Ends the report; called while an error passes through, it is that of a failed run."""
-        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
+        passing = sys.exc_info()[0]
+        self._run.finish(exit_code=int(passing not in (None, shutdown.Stopped)))
 
 
 def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:

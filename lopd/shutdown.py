@@ -28,6 +28,12 @@ def requested() -> bool:
     return bool(_received)
 
 
+def request() -> None:
+    """Asks this process to stop, as a signal to another one of the run has."""
+    if not requested():
+        _received.append(time.monotonic())
+
+
 def seconds_since_request() -> float:
     """How long ago the process was asked to stop; 0 if it was not."""
     return time.monotonic() - _received[0] if _received else 0.0
@@ -41,6 +47,17 @@ def check() -> None:
     """
     if requested():
         raise Stopped
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Signals do nothing, as all work is safe and the exit code still to be given."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _on_signal(number: int, _frame) -> None:

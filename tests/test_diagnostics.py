@@ -12,11 +12,12 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_run import CONFIG, batches, mesh_of
 
+from lopd import shutdown
 from lopd.config import base_config
 from lopd.data.batches import put_batch
 from lopd.models.qwen3 import Qwen3Config
 from lopd.objectives import lightning_opd
-from lopd.progress import metrics_writers
+from lopd.progress import TensorBoard, metrics_writers
 from lopd.scoring import score_responses
 from lopd.training.diagnostics import (
     ADVANTAGE_EDGES,
@@ -185,6 +186,18 @@ def test_every_number_goes_to_tensorboard(trained):
     assert histogram.num == sum(histogram.bucket) == written["tokens"][5]
 
 
+def test_rows_are_in_tensorboards_file_before_it_is_closed(tmp_path):
+    """A checkpoint follows `sync`; a run that is killed then never writes those rows again."""
+    writer = TensorBoard(epath.Path(tmp_path) / "tensorboard")
+    for row in ROWS:
+        writer.write(row)
+    writer.sync()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {*events.Tags()["scalars"]} == {name for row in ROWS for name in numbers(row)}
+    assert events.Tags()["histograms"] == ["advantage_histogram"]
+    writer.close()
+
+
 ROWS = [
     {"step": 3, "loss": 0.25, "tokens": 7},
     {
@@ -231,13 +244,15 @@ def test_rows_go_to_wandb_and_a_continued_run_to_the_same_place(tmp_path, monkey
         folder.mkdir()
         monkeypatch.setenv("WANDB_DIR", str(folder))
         writers = metrics_writers(epath.Path(tmp_path), resume_step, metrics, {"opd": {"tau": 1.0}})
-        with contextlib.suppress(Failure):
+        with contextlib.suppress(Failure, shutdown.Stopped):
             try:
                 for writer in writers:
                     writer.write(ROWS[0])
                 writers[1].write(ROWS[1])
                 if not runs:
                     raise Failure
+                if runs[1:]:
+                    raise shutdown.Stopped
             finally:
                 for writer in writers:
                     writer.close()

@@ -25,7 +25,7 @@ from mesh_measurements import (
     mesh_of,
 )
 
-from lopd import parallel
+from lopd import parallel, shutdown
 from lopd.errors import UserError
 from lopd.models import qwen3
 from lopd.models.sharding import on_mesh
@@ -230,3 +230,12 @@ def test_model_that_does_not_divide_is_one_clear_error():
     narrow = dataclasses.replace(DENSE, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(UserError, match=r"heads=3, which mesh\.tensor=2 does not divide"):
         parallel.check_divisible(narrow, mesh_of(1, 1, 2), "student.model")
+
+
+@pytest.mark.parametrize("ask", [parallel.check_stop, lambda: parallel.StopVote().check()])
+def test_a_stop_that_another_process_was_asked_for_counts_from_now(monkeypatch, ask):
+    monkeypatch.setattr(shutdown, "_received", [])
+    monkeypatch.setattr(parallel, "any_process", lambda flag: True)
+    with pytest.raises(shutdown.Stopped):
+        ask()
+    assert shutdown.requested() and 0 <= shutdown.seconds_since_request() < 10

@@ -2,6 +2,7 @@ import html.parser
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -413,10 +414,18 @@ def test_failing_report_is_a_warning(tmp_path, capsys):
 
 @pytest.mark.parametrize(("seconds", "pages"), [(0.0, 1), (3.0, 1), (20.0, 0)])
 def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, seconds, pages):
-    """A machine that is taken away gives half a minute, of which saving may take most."""
+    """A machine that is taken away gives half a minute, of which saving may take most; a second
+    signal does not end the process before it has said that its work is safe."""
+    write = report.write_after_run
 
     def stop(*_):
         raise shutdown.Stopped
+
+    def write_under_fire(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(report, "write_after_run", write_under_fire)
 
     for check in ("check_settings", "_check_artefacts"):
         monkeypatch.setattr(pipeline, check, lambda *_: None)

@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 from training_run import CONFIG, batches, mesh_of
 
-from lopd import parallel, storage
+from lopd import parallel, progress, shutdown, storage
 from lopd.artefact import Artefact
 from lopd.cache import schema, writer
 from lopd.cache.reader import Records
@@ -142,9 +142,12 @@ def restore(path):
 
 
 def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, capsys):
-    """Any file of the newest checkpoint, or folder: what is restored is what was saved."""
+    """Every file and folder of the newest checkpoint, damaged in one of three ways."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     saved = {6: params_fingerprint(restore(tmp_path)[1])}
+    shutil.copytree(tmp_path, tmp_path / "older")
+    shutil.rmtree(tmp_path / "older" / "checkpoints" / "6")
+    saved[3] = params_fingerprint(restore(tmp_path / "older")[1])
     newest, rng = tmp_path / "checkpoints" / "6", random.Random(0)
     shutil.copytree(newest, tmp_path / "sound")
     passed_over, kinds = 0, itertools.cycle(("cut", "flip", "delete"))
@@ -161,7 +164,7 @@ def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, caps
         step, state = restore(tmp_path)
         said = capsys.readouterr().err
         assert (step == 3) == ("checkpoints/6 is damaged" in said) == (not newest.exists())
-        assert params_fingerprint(state) == saved.setdefault(step, params_fingerprint(state))
+        assert params_fingerprint(state) == saved[step]
         passed_over += step == 3
         shutil.rmtree(newest, ignore_errors=True)
         shutil.copytree(tmp_path / "sound", newest)
@@ -169,8 +172,9 @@ def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/array_metadatas/process_0", ""])
-def test_what_cannot_be_read_now_is_no_damage(whole, tmp_path, name):
+def test_what_cannot_be_read_now_is_no_damage(whole, tmp_path, monkeypatch, name):
     """A file that the system refuses to open (a loop of links): it may be sound."""
+    monkeypatch.setattr(checkpoints, "_PAUSES", ())
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "6"
     path = newest / name if name else largest_file(newest)
@@ -203,21 +207,28 @@ def around(error):
         ValueError('PERMISSION_DENIED: Error opening "zarr" driver'),
         around(ValueError("UNAVAILABLE: CURL error: could not connect")),
         ValueError("FAILED_PRECONDITION: Failed to open: \"d/1\" [os_error_code='107']"),
+        ValueError("Bad Request: https://storage.googleapis.com/: invalid grant"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_that_are_no_damage(whole, tmp_path, monkeypatch, error):
+def test_errors_that_are_no_damage(whole, tmp_path, monkeypatch, capsys, error):
+    """They are one line if they stay, and got over if they pass; nothing is deleted."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(checkpoints, "_PAUSES", (0, 0))
+    failures, real = [error] * 3, ocp.CheckpointManager.restore
 
     def failing(*args, **kwargs):
-        raise error
+        if failures:
+            raise failures.pop()
+        return real(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "restore", failing)
-        with pytest.raises(UserError, match=r"checkpoints/6 could not be read") as raised:
-            restore(tmp_path)
-        assert "\n" not in str(raised.value)
-    assert restore(tmp_path)[0] == 6
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
+    with pytest.raises(UserError, match=r"checkpoints/6 could not be read") as raised:
+        restore(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr().err.count("trying again in 0 s") == 2
+    failures += [error] * 2
+    assert restore(tmp_path)[0] == 6 and not failures
 
 
 def test_other_bits_in_a_sound_file_are_damage(tmp_path):
@@ -262,6 +273,25 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
     run_training(tmp_path)
     rows = {step: {"metrics.jsonl": step, "drift.jsonl": 0} for step in (3, 6)}
     assert saved == rows
+
+
+def test_a_stop_stays_a_stop_when_metrics_cannot_be_closed(tmp_path, monkeypatch, capsys):
+    """A bucket that is away at the end; the other files are closed, the state is saved."""
+    closed, close = [], progress.MetricsFile.close
+
+    def failing(file):
+        close(file)
+        closed.append(file)
+        raise OSError("the bucket is away")
+
+    monkeypatch.setattr(progress.MetricsFile, "close", failing)
+    with monkeypatch.context() as patch, pytest.raises(shutdown.Stopped):
+        patch.setattr(parallel.StopVote, "agreed", lambda self: True)
+        run_training(tmp_path)
+    assert len(closed) == 2
+    assert "metrics are not closed (the bucket is away)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="the bucket is away"):
+        run_training(tmp_path)
 
 
 def test_keeps_the_newest_and_every_so_many(tmp_path):

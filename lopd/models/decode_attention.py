@@ -88,14 +88,14 @@ def attend_pages(
     # Past the last page the last one stands, masked by the length like all past it.
     page = jnp.minimum(jnp.arange(-(-pages // _PAGES) * _PAGES), pages - 1)
     out = paged_attention(
-        q_BKGN.reshape(B * K, G, N) * N**-0.5,
+        q_BKGN.reshape(B * K, G, N).astype(jnp.float32) * N**-0.5,
         k_BKCN.reshape(1, B * K * pages, CHUNK, N),
         v_BKCN.reshape(1, B * K * pages, CHUNK, N),
         jnp.repeat(lengths_B, K),
         jnp.arange(B * K)[:, None] * pages + page,
         pages_per_compute_block=_PAGES,
     )
-    return out.reshape(B, K, G, N)
+    return out.reshape(B, K, G, N).astype(q_BKGN.dtype)
 
 
 def _attend_block(q, k_BKCN, v_BKCN, lengths, own, chunk):

@@ -21,7 +21,7 @@ def write_report(workdirs: Sequence[epath.PathLike]) -> epath.Path:
     Raises:
       UserError: if a directory does not exist or holds no run.
     """
-    # Imported here: Matplotlib takes a second, and a run that fails early needs no report.
+    # Imported here: Matplotlib takes a second, for which not every command need wait.
     from lopd.report import page, reading
 
     runs = reading.read_runs(list(workdirs))

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,13 @@ Found by doing so to each of them; JSON's and Unicode's errors are ValueErrors.
 _DAMAGE_STATUS = ("DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 """With which the text of TensorStore's ValueErrors begins then, or with NOT_FOUND. With others, or
 with an error of the operating system behind it, a file could not be read for another reason."""
+
+
+_NO_DAMAGE = ("Bad Request", "Bucket is requester pays")
+"""With which the text of gcsfs' own ValueErrors begins."""
+_PAUSES = (2, 10, 30)
+"""Seconds before a checkpoint that could not be read is tried again: nobody may be there to start
+the run again."""
 
 
 def open_manager(
@@ -172,7 +180,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether an error in reading a checkpoint is the fault of what its files hold."""
     if type(error) is Exception and error.__cause__ is not None:  # around one of TensorStore's
         error = error.__cause__
-    if not isinstance(error, _DAMAGE):
+    if not isinstance(error, _DAMAGE) or str(error).startswith(_NO_DAMAGE):
         return False
     status = re.match(r"([A-Z_]+): ", str(error))
     if not status or status[1] == "NOT_FOUND":
@@ -208,8 +216,10 @@ def restore_newest(
         reason that may pass, such as permissions, memory or the network, as it may be sound; or if
         the checkpoint was made with another `identity`.
     """
-    damaged = []
-    for step in sorted(manager.all_steps(), reverse=True):
+    damaged, pauses = [], list(_PAUSES)
+    steps = sorted(manager.all_steps())
+    while steps:
+        step, state, metadata = steps.pop(), None, None
         outcome, reason, cause = _Outcome.READ, "another process could not read it", None
         try:
             state, metadata = _restore(manager, step, abstract)
@@ -221,10 +231,16 @@ def restore_newest(
         if outcome == _Outcome.READ:
             break
         if outcome == _Outcome.FAILED:
-            raise UserError(
-                f"checkpoint {manager.directory}/{step} could not be read ({reason}): it may be "
-                "sound, so nothing was deleted; run the same command again once the cause is gone"
-            ) from cause
+            said = f"checkpoint {manager.directory}/{step} could not be read ({reason})"
+            if not pauses:
+                raise UserError(
+                    f"{said}: it may be sound, so nothing was deleted; run the same command again "
+                    "once the cause is gone"
+                ) from cause
+            print(f"\nlopd: {said}; trying again in {pauses[0]} s", file=sys.stderr)
+            time.sleep(pauses.pop(0))
+            steps.append(step)
+            continue
         damaged.append(step)
         print(
             f"\nlopd: checkpoint {manager.directory}/{step} is damaged ({reason}); "

@@ -1,8 +1,10 @@
 """The training loop: feeds the step, keeps one step in flight, logs, saves and stops cleanly."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -162,10 +164,17 @@ class _Log:
             writer.sync()
 
     def close(self) -> None:
-        """Closes the files and the live line."""
-        self._bar.close()
-        for writer in self._all:
-            writer.close()
+        """Closes the files and the live line, all of them; what prevents it does not take the place
+        of an error, or of a stop, that passes through."""
+        passing = sys.exc_info()[0]
+        try:
+            with contextlib.ExitStack() as closing:
+                for part in (*self._all, self._bar):
+                    closing.callback(part.close)
+        except Exception as error:
+            if passing is None:
+                raise
+            print(f"lopd: warning: metrics are not closed ({error})", file=sys.stderr)
 
 
 class _Profile:
