@@ -16,6 +16,7 @@ from lopd.errors import UserError
 from lopd.fingerprint import params_fingerprint
 from lopd.models import hf, hf_config
 from lopd.models.qwen3 import Params, Qwen3Config
+from lopd.storage import absolute
 from lopd.tasks import Task, make_task
 from lopd.training import checkpoints
 
@@ -105,7 +106,7 @@ class Context:
         if not path or stage == "precompute":
             return path
         # What `export` leaves has a manifest too, but is a Hugging Face checkpoint.
-        folder = epath.Path(path)
+        folder = absolute(path)
         is_artefact = (folder / MANIFEST).exists() and not (folder / hf_config.CONFIG).exists()
         return path if is_artefact else ""
 

@@ -7,6 +7,7 @@ room on disk, 75 stopped by a signal with all work safe (`lopd.shutdown`).
 import errno
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 
@@ -78,6 +79,7 @@ def guarded(work: Callable[[], None]) -> None:
     A mistake of the user's or a full disk is one line; signals are a request to stop.
     """
     from lopd import parallel, platform
+    from lopd.storage import is_local
 
     platform.prepare(WORKDIR.value)
     try:
@@ -94,9 +96,11 @@ def guarded(work: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
             parallel.leave(1)
+        # Buckets do not fill up; what goes to one, or comes from it, is on a disk on the way.
+        where = WORKDIR.value if is_local(WORKDIR.value) else tempfile.gettempdir()
         _report(
-            f"no room left on the disk of {WORKDIR.value} ({error}): free some and run the same "
-            "command, it continues from what is finished"
+            f"no room left on the disk of {where} ({error}): free some and run the same command, "
+            "it continues from what is finished"
         )
         parallel.leave(shutdown.EXIT_ERROR)
     except Exception:

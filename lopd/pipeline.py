@@ -28,7 +28,7 @@ from lopd.stages import (
     teacher,
 )
 from lopd.stages import eval as evaluation
-from lopd.storage import absolute, check_url, is_local, reason
+from lopd.storage import absolute, check_url, reason
 
 STAGES = {
     "teacher": teacher,
@@ -114,13 +114,10 @@ def _uses_teacher(ctx: Context, stages: tuple[str, ...]) -> bool:
 
 
 def _check_urls(config: ml_collections.ConfigDict) -> None:
-    """Refuses settings that name what cannot be opened."""
+    """Refuses URLs that a stage would come upon after hours."""
     task = config.task
-    paths = [config.tokenizer, task.sft_prompts, task.opd_prompts, *task.problems.split(",")]
-    paths += [config[name].checkpoint for name in ("teacher", "student", "sft")]
-    for path in (*paths, config.opd.cache):
-        if not is_local(path):
-            check_url(path)
+    for path in (task.sft_prompts, task.opd_prompts, *task.problems.split(","), config.opd.cache):
+        check_url(path)
 
 
 def check_settings(ctx: Context, stages: tuple[str, ...]) -> None:
@@ -181,11 +178,8 @@ def _check_artefacts(ctx: Context, stages: tuple[str, ...]) -> None:
 def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
     """What Hugging Face checkpoints must agree on before any is used."""
     for path in (*map(ctx.external, adopt.MODELS), ctx.config.student.checkpoint):
-        if not is_local(path):
-            raise UserError(
-                f"checkpoint {path}: safetensors are read from a local folder or the Hugging Face "
-                "hub; copy it here (gcloud storage cp -r), or give its name at the hub"
-            )
+        if path:
+            hf.resolve_checkpoint(path)
     if ctx.external("teacher"):
         teacher = hf.resolve_checkpoint(ctx.external("teacher"))
         check_same_vocabulary(

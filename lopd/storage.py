@@ -8,7 +8,6 @@ safetensors, TensorBoard, jax.profiler) write them here, and they are uploaded.
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
 import re
@@ -32,19 +31,20 @@ def absolute(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: as `check_url`.
     """
-    if is_local(path):
-        return epath.Path(os.path.abspath(path))
-    check_url(os.fspath(path))
-    return epath.Path(path)
+    check_url(path)
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
 
 
-def check_url(url: str) -> None:
-    """Refuses a URL that cannot be opened, which `epath` would take for a local path.
+def check_url(path: epath.PathLike) -> None:
+    """Refuses a URL that cannot be used here; any local path passes.
 
     Raises:
-      UserError: for another scheme than gs, without gcsfs, or if the bucket is not there or does
-        not let itself be read.
+      UserError: for another scheme than gs, without the packages for buckets, or if the bucket is
+        not there or does not let itself be looked at.
     """
+    if is_local(path):
+        return
+    url = os.fspath(path)
     match = re.match(r"gs://([^/]+)", url)
     if not match:
         raise UserError(
@@ -56,23 +56,37 @@ def check_url(url: str) -> None:
 
 @functools.cache
 def _open_bucket(bucket: str) -> None:
-    """Sets the bucket's client up and sees that it answers, once in a process."""
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{bucket}: buckets need packages; pip install gcsfs google-cloud-storage")
-    import fsspec
+    """Sets the bucket's client up and sees that it answers, once in a process.
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it reports, it raises as well
+    Asks as Orbax will: gcsfs takes a refusal and an empty bucket for no bucket.
+    """
+    try:
+        import fsspec
+        import gcsfs
+        from google.api_core import exceptions
+        from google.cloud import storage
+    except ImportError as error:
+        raise UserError(
+            f"{bucket}: buckets need packages; pip install gcsfs google-cloud-storage"
+        ) from error
+    # What it reports, it raises as well.
+    logging.getLogger(gcsfs.__name__).setLevel(logging.CRITICAL)
     # Other processes, and TensorStore in this one, write what a kept listing would not show.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        found = epath.Path(bucket).exists()
+        storage.Client().get_bucket(bucket.removeprefix("gs://"))
+    except exceptions.NotFound as error:
+        raise UserError(f"{bucket}: there is no such bucket; make it, or check the name") from error
+    except exceptions.Forbidden as error:
+        raise UserError(
+            f"{bucket}: the account lacks storage.buckets.get, which Orbax needs to list and "
+            "delete checkpoints; the role roles/storage.legacyBucketReader has it"
+        ) from error
     except Exception as error:  # of a dozen kinds
         raise UserError(
             f"{bucket} cannot be read ({reason(error)}): check its name, the network and the "
             "account's rights (gcloud auth application-default login says who you are)"
         ) from error
-    if not found:
-        raise UserError(f"{bucket}: there is no such bucket; make it, or check the name")
 
 
 def reason(error: Exception) -> str:
@@ -110,11 +124,18 @@ def write_atomically(path: epath.Path, text: str) -> None:
         path.write_text(text)
         return
     temporary = path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
-    try:
+    with _in_place_of(path, temporary):
         temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _in_place_of(path: epath.Path, temporary: epath.Path) -> Iterator[None]:
+    """Flushes what the block writes at `temporary` and renames it to `path`; on failure neither."""
+    try:
+        yield
         sync(temporary)
         temporary.replace(path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)  # of a full disk
         raise
     sync(path.parent)
@@ -128,14 +149,8 @@ def whole_file(path: epath.Path) -> Iterator[epath.Path]:
     """
     if is_local(path):
         temporary = path.parent / f"{path.name}.tmp"
-        try:
+        with _in_place_of(path, temporary):
             yield temporary
-            sync(temporary)
-            temporary.replace(path)
-        except Exception:
-            temporary.unlink(missing_ok=True)  # of a full disk
-            raise
-        sync(path.parent)
         return
     with tempfile.TemporaryDirectory(prefix="lopd-") as folder:
         temporary = epath.Path(folder) / path.name
@@ -160,9 +175,16 @@ class Growing:
     def sync(self) -> None:
         """Makes what has been written so far last."""
         if self.local == self.path:
-            sync(self.path)
+            _flush(self.path)
         else:
             _upload(self.local, self.path)
+
+
+def _flush(path: epath.Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _flush(child)
+    sync(path)
 
 
 def _upload(source: epath.Path, target: epath.Path) -> None:

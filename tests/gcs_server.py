@@ -22,8 +22,8 @@ from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-BUCKET, READ_ONLY = "bucket", "readonly"
-"""The buckets that there are."""
+BUCKET, READ_ONLY, OBJECTS_ONLY = "bucket", "readonly", "objectsonly"
+"""The buckets that there are; in the last, nobody has storage.buckets.get."""
 
 
 class _Handler(RequestHandler):
@@ -42,6 +42,7 @@ class _Handler(RequestHandler):
         url = urllib.parse.urlsplit(self.path)
         match = re.match(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o/?(.*))?", url.path)
         bucket, name = match.groups() if match else ("", "")
+        about_bucket = name is None
         query = dict(urllib.parse.parse_qsl(url.query))
         name = urllib.parse.unquote(name or "") or query.get("name", "")
         self.generation = "0"
@@ -50,6 +51,8 @@ class _Handler(RequestHandler):
         if not self._whole_body():
             return 400
         if bucket == READ_ONLY and self.command != "GET":
+            return 403
+        if bucket == OBJECTS_ONLY and about_bucket:
             return 403
         if query.get("ifGenerationMatch", self.generation) != self.generation:
             return 412
@@ -120,7 +123,7 @@ def serve() -> Iterator[Bucket]:
     """A server for as long as the block runs."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each 404 otherwise
     storage = Storage(use_memory_fs=True)
-    for name in (BUCKET, READ_ONLY):
+    for name in (BUCKET, READ_ONLY, OBJECTS_ONLY):
         create_bucket(name, storage)
     handler = functools.partial(_Handler, storage)
     with http.server.HTTPServer(("localhost", 0), handler) as server:

@@ -240,10 +240,12 @@ def test_damage_in_a_bucket_is_found(whole_in_bucket, bucket):
 def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
     read_only = run("gs://readonly/run", more_environment=bucket.environment)
     refused(read_only, "gs://readonly/run cannot be written: Forbidden")
-    missing = module(
-        "lopd.report", "gs://nobucket/run", environment=environment(bucket.environment)
-    )
-    refused(missing, "gs://nobucket: there is no such bucket")
+    for name, says in {
+        "nobucket": "there is no such bucket",
+        "objectsonly": "lacks storage",
+    }.items():
+        done = module("lopd.report", f"gs://{name}/x", environment=environment(bucket.environment))
+        refused(done, f"gs://{name}: ", says)
 
 
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -227,6 +227,8 @@ def test_bad_sources_are_one_clear_error(tmp_path):
         load_examples(str(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match="11 prompts asked for, but it holds 10 distinct"):
         load_examples(numbered(tmp_path, 10), count=11)
+    with pytest.raises(UserError, match=r"s3://b/x\.parquet: this kind of URL"):
+        load_examples("s3://b/x.parquet")
 
 
 def test_prompt_template_is_filled_and_dapos_instructions_are_taken_off():

@@ -37,12 +37,18 @@ def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
             f"{artefact.path} is a worker's part of a cache: join the parts with "
             "python -m lopd.cache merge OUT PART..."
         )
-    _verify_files(artefact, files or artefact.path)
+    shards = artefact.manifest["shards"]
+    _verify_files(artefact, files or artefact.path, [*shards, *_metadata(artefact)])
 
 
-def _verify_files(artefact: Artefact, files: epath.Path) -> None:
+def _metadata(artefact: Artefact) -> list[dict]:
+    """The manifest's entries of files other than shards; a worker's part has none."""
+    return artefact.manifest.get("metadata", [])
+
+
+def _verify_files(artefact: Artefact, files: epath.Path, entries: list[dict]) -> None:
     found = []
-    for entry in [*artefact.manifest["shards"], *artefact.manifest.get("metadata", [])]:
+    for entry in entries:
         if damage := _damage(files / entry["name"], entry):
             found.append(f"{artefact.path / entry['name']} {damage}")
     if found:
@@ -52,8 +58,11 @@ def _verify_files(artefact: Artefact, files: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[epath.Path]:
-    """A path on this machine: the path itself, or a temporary copy of the file at a URL."""
-    if is_local(path):
+    """A path on this machine: the path itself, or a temporary copy of the file at a URL.
+
+    What is missing is missing at the path given back too.
+    """
+    if is_local(path) or not path.exists():
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +77,10 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     """
     entry = next(s for s in artefact.manifest["shards"] if s["name"] == name)
     path = artefact.path / name
-    if damage := _damage(path, entry):
-        raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
     parse = schema.parser(artefact.manifest["fields"])
     with _local(path) as file:
+        if damage := _damage(file, entry):
+            raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
         reader = array_record_module.ArrayRecordReader(str(file))
         try:
             return [parse(data) for data in reader.read_all()]
@@ -90,7 +99,7 @@ def verify_records(artefact: Artefact) -> int:
     Raises:
       UserError: naming what is wrong.
     """
-    _verify_files(artefact, artefact.path)
+    _verify_files(artefact, artefact.path, _metadata(artefact))
     seen: set[tuple[int, int]] = set()
     for shard in artefact.manifest["shards"]:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])

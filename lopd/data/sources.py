@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from lopd.errors import UserError
-from lopd.storage import is_local
+from lopd.storage import check_url, is_local
 
 Messages = tuple[dict[str, str], ...]
 
@@ -182,6 +182,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     Raises:
       UserError: if nothing is there, or a row cannot be read.
     """
+    check_url(source)
     if source.startswith("tfds:") or (epath.Path(source) / "dataset_info.json").exists():
         if not is_local(source):
             raise UserError(

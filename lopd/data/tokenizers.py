@@ -23,6 +23,7 @@ import sentencepiece
 from etils import epath
 
 from lopd.errors import UserError
+from lopd.storage import check_url
 
 _BUNDLED = {"tiny": epath.resource_path("lopd") / "data" / "tiny_tokenizer" / "tiny.model"}
 _JSON = "tokenizer.json"
@@ -241,6 +242,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     Raises:
       UserError: if nothing is there, or it cannot be read.
     """
+    check_url(name_or_path)
     path = epath.Path(_BUNDLED.get(name_or_path, name_or_path))
     if (path / _JSON).is_file():
         return HuggingFaceTokenizer(path)

@@ -23,12 +23,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopd import parallel
+from lopd.artefact import MANIFEST, open_complete
 from lopd.errors import UserError
 from lopd.models import qwen3, safetensors_file
 from lopd.models.hf_config import CONFIG, checkpoint_config, config_to_hf, read_json
 from lopd.models.qwen3 import Params, Qwen3Config
 from lopd.models.safetensors_file import StoredTensor
-from lopd.storage import write_atomically
+from lopd.storage import check_url, is_local, write_atomically
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,9 +122,18 @@ def resolve_checkpoint(name_or_path: str) -> epath.Path:
     conventions for the token (`HF_TOKEN`), the cache (`HF_HOME`) and working offline.
 
     Raises:
-      UserError: if there is no such folder and it cannot be had from the hub.
+      UserError: if there is no such folder and it cannot be had from the hub; for a URL; or if
+        it is an unfinished artefact of `export`.
     """
+    check_url(name_or_path)
+    if not is_local(name_or_path):
+        raise UserError(
+            f"checkpoint {name_or_path}: safetensors are read from a local folder or the Hugging "
+            "Face hub; copy it here (gcloud storage cp -r), or give its name at the hub"
+        )
     path = epath.Path(name_or_path)
+    if (path / MANIFEST).exists():
+        open_complete(path, "checkpoint")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) or name_or_path.startswith("."):
