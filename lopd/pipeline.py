@@ -177,7 +177,7 @@ def _check_artefacts(ctx: Context, stages: tuple[str, ...]) -> None:
 
 def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
     """What Hugging Face checkpoints must agree on before any is used."""
-    for path in (*map(ctx.external, adopt.MODELS), ctx.config.student.checkpoint):
+    for path in (ctx.external("sft"), ctx.config.student.checkpoint):
         if path:
             hf.resolve_checkpoint(path)
     if ctx.external("teacher"):

@@ -203,6 +203,42 @@ def _worst(outcome: _Outcome) -> _Outcome:
     return outcome
 
 
+def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any, dict] | None:
+    """State and metadata of a checkpoint; None if it is damaged, to any process, which is reported.
+
+    Raises:
+      UserError: if it could not be read for another reason, which did not pass in _PAUSES.
+    """
+    for pause in (*_PAUSES, None):
+        outcome, found = _Outcome.READ, None
+        reason, cause = "another process could not read it", None
+        try:
+            found = _restore(manager, step, abstract)
+        except Exception as error:
+            outcome = _Outcome.DAMAGED if _is_damage(error) else _Outcome.FAILED
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            cause = error
+        outcome = _worst(outcome)
+        if outcome != _Outcome.FAILED:
+            break
+        said = f"checkpoint {manager.directory}/{step} could not be read ({reason})"
+        if pause is None:
+            raise UserError(
+                f"{said}: it may be sound, so nothing was deleted; run the same command again "
+                "once the cause is gone"
+            ) from cause
+        print(f"\nlopd: {said}; trying again in {pause} s", file=sys.stderr)
+        time.sleep(pause)
+    if outcome == _Outcome.READ:
+        return found
+    print(
+        f"\nlopd: checkpoint {manager.directory}/{step} is damaged ({reason}); "
+        "trying the one before it",
+        file=sys.stderr,
+    )
+    return None
+
+
 def restore_newest(
     manager: ocp.CheckpointManager, abstract: Any, identity: dict[str, Any]
 ) -> tuple[int, Any]:
@@ -216,37 +252,12 @@ def restore_newest(
         reason that may pass, such as permissions, memory or the network, as it may be sound; or if
         the checkpoint was made with another `identity`.
     """
-    damaged, pauses = [], list(_PAUSES)
-    steps = sorted(manager.all_steps())
-    while steps:
-        step, state, metadata = steps.pop(), None, None
-        outcome, reason, cause = _Outcome.READ, "another process could not read it", None
-        try:
-            state, metadata = _restore(manager, step, abstract)
-        except Exception as error:
-            outcome = _Outcome.DAMAGED if _is_damage(error) else _Outcome.FAILED
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            cause = error
-        outcome = _worst(outcome)
-        if outcome == _Outcome.READ:
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        if (read := _read(manager, step, abstract)) is not None:
+            state, metadata = read
             break
-        if outcome == _Outcome.FAILED:
-            said = f"checkpoint {manager.directory}/{step} could not be read ({reason})"
-            if not pauses:
-                raise UserError(
-                    f"{said}: it may be sound, so nothing was deleted; run the same command again "
-                    "once the cause is gone"
-                ) from cause
-            print(f"\nlopd: {said}; trying again in {pauses[0]} s", file=sys.stderr)
-            time.sleep(pauses.pop(0))
-            steps.append(step)
-            continue
         damaged.append(step)
-        print(
-            f"\nlopd: checkpoint {manager.directory}/{step} is damaged ({reason}); "
-            "trying the one before it",
-            file=sys.stderr,
-        )
     else:
         if damaged:
             raise UserError(
