@@ -13,9 +13,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lopd.artefact import Artefact, open_complete
-from lopd.cache import parquet, schema, summary, totals, writer
+from lopd.cache import parquet, reader, schema, summary, totals, writer
 from lopd.cache.__main__ import main
 from lopd.cache.reader import Records, read_shard, verify, verify_records
+from lopd.data.batches import step_batches
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 
@@ -69,7 +70,14 @@ print("read", len(source))
     assert done.stdout == "read 12\n", done.stderr
 
 
-def test_records_round_trip(tmp_path):
+@pytest.fixture(params=["held in memory", "read one by one"])
+def way_of_reading(request, monkeypatch):
+    """A test cache is small; as if it were not, in the second case."""
+    if request.param == "read one by one":
+        monkeypatch.setattr(reader, "_HELD_BYTES", 0)
+
+
+def test_records_round_trip(tmp_path, way_of_reading):
     records = Records(make_cache(tmp_path))
     assert len(records) == 12
     for i in (0, 5, 11):
@@ -77,7 +85,28 @@ def test_records_round_trip(tmp_path):
             np.testing.assert_array_equal(records[i][name], value)
 
 
-def test_records_are_those_that_tfds_reads(tmp_path):
+def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
+    cache = make_cache(tmp_path)
+    options = dict(seed=1, batch_size=5, row_length=32, rows_per_micro=2, reduction="token_mean")
+    options["token_fields"] = ("teacher_logprobs", "ref_logprobs")
+    read = []
+    monkeypatch.setattr(schema, "check_record", lambda record, where: read.append(where))
+    held = step_batches(Records(cache), **options)
+    assert len(read) == 12
+    from_memory = [held[step] for step in range(6)]  # two and a half passes
+    assert len(read) == 12
+    monkeypatch.setattr(
+        reader, "_HELD_BYTES", sum(s["bytes"] for s in cache.manifest["shards"]) - 1
+    )
+    one_by_one = step_batches(Records(cache), **options)
+    assert len(read) == 12
+    for step, expected in enumerate(from_memory):
+        for name, array in one_by_one[step].items():
+            np.testing.assert_array_equal(array, expected[name], strict=True)
+    assert len(read) == 12 + 6 * 5
+
+
+def test_records_are_those_that_tfds_reads(tmp_path, way_of_reading):
     cache = make_top_k_cache(tmp_path)
     theirs = tfds.builder_from_directory(tmp_path).as_data_source("train")
     by_shard = [r for s in cache.manifest["shards"] for r in read_shard(cache, s["name"])]

@@ -25,7 +25,7 @@ from training_run import CONFIG, batches, mesh_of
 
 from lopd import parallel, progress, shutdown, storage
 from lopd.artefact import Artefact
-from lopd.cache import schema, writer
+from lopd.cache import reader, schema, writer
 from lopd.cache.reader import Records
 from lopd.config import base_config, training_recipe
 from lopd.errors import UserError
@@ -406,8 +406,12 @@ def test_nan_in_a_record_stops_with_its_id_and_can_be_continued(tmp_path):
     assert not (stage / "failure.json").exists()
 
 
-def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):
-    """In a cache whose checksums are right, so that only reading the record can tell."""
+@pytest.mark.parametrize("held", [True, False])
+def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch, held):
+    """In a cache whose checksums are right, so that only reading the record can tell.
+
+    Before the first step where the cache is held in memory, else in the step that reads it.
+    """
     source = [{**r, "finished": True, "behaviour_logprobs": r["ref_logprobs"]}
               for r in training_run.records()]  # fmt: skip
     source[9]["teacher_logprobs"][2] = np.nan
@@ -417,10 +421,14 @@ def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch):
         patch.setattr(schema, "check_record", lambda *_: None)
         writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source, {})
     writer.write_metadata(cache)
+    who = r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
+    if held:
+        with pytest.raises(UserError, match=who):
+            Records(cache)
+        return
+    monkeypatch.setattr(reader, "_HELD_BYTES", 0)
     data = batches(source=Records(cache))
-    with pytest.raises(
-        UserError, match=r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
-    ):
+    with pytest.raises(UserError, match=who):
         run_training(tmp_path / "opd", data=data)
 
 

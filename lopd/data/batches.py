@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lopd.data.packing import Arrays, TokenField, assign_rows, fill_rows, sequence_length
+from lopd.data.packing import Arrays, TokenField, assign_rows, fill_rows
 from lopd.objectives import ALL_TOKENS, TokenSelection, token_weights
 from lopd.parallel import rows_sharding
 
@@ -50,15 +50,14 @@ def repeated_shares(responses: Sequence[np.ndarray]) -> list[float]:
     return shares
 
 
-def _stats(records: Sequence[dict]) -> list[list[float]]:
+def _stats(records: Sequence[dict], lengths: np.ndarray) -> np.ndarray:
+    """What each record, of `record_length` lengths[i], adds to `response_stats`."""
+    prompts, responses = lengths[:, 0], lengths[:, 1]
+    positions = prompts + responses - 1
+    cut = [not record.get("finished", True) for record in records]
     shares = repeated_shares([record["response_tokens"] for record in records])
-    stats = []
-    for record, share in zip(records, shares, strict=True):
-        positions = sequence_length(record)
-        cut = not record.get("finished", True)
-        response = len(record["response_tokens"])
-        stats.append([1, positions, positions**2, response, cut, share])
-    return stats
+    columns = [np.ones(len(records)), positions, positions**2, responses, cut, shares]
+    return np.stack(columns, axis=1)
 
 
 def _micro_batches(
@@ -100,7 +99,7 @@ def _micro_batches(
     )
     stats = np.zeros((micros * len(rows), len(RESPONSE_STATS)), np.float32)
     if records:
-        np.add.at(stats, [row for row, _ in own_places], _stats(records))
+        np.add.at(stats, [row for row, _ in own_places], _stats(records, lengths[own]))
     arrays = {
         name: a.reshape(micros, len(rows), *a.shape[1:])
         for name, a in {**arrays, "response_stats": stats}.items()

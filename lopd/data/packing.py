@@ -7,7 +7,6 @@ the target: the offsets P − 1 … P + R − 2 of a sequence with P prompt and 
 """
 
 import bisect
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,8 +23,7 @@ class TokenField(NamedTuple):
     dtype: type
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where one response lies in packed rows: row, first target offset, and length."""
 
     row: int
@@ -86,15 +84,17 @@ def fill_rows(
     vectors = [field for field in token_fields if isinstance(field, TokenField)]
     arrays |= {name: np.zeros((rows, row_length), np.float32) for name in scalars}
     arrays |= {f.name: np.zeros((rows, row_length, f.width), f.dtype) for f in vectors}
-    spans = []
+    spans, positions = [], np.arange(row_length, dtype=np.int32)
     for segment, record, (row, offset) in zip(segments, records, places, strict=True):
-        sequence = np.concatenate([record["prompt_tokens"], record["response_tokens"]])
-        window = slice(offset, offset + len(sequence) - 1)
-        arrays["tokens"][row, window] = sequence[:-1]
-        arrays["targets"][row, window] = sequence[1:]
-        arrays["positions"][row, window] = np.arange(len(sequence) - 1)
-        arrays["segment_ids"][row, window] = segment
-        span = Span(row, offset + len(record["prompt_tokens"]) - 1, len(record["response_tokens"]))
+        prompt, response = record["prompt_tokens"], record["response_tokens"]
+        sequence = np.concatenate([prompt, response])
+        length = len(sequence) - 1
+        window = row, slice(offset, offset + length)
+        arrays["tokens"][window] = sequence[:-1]
+        arrays["targets"][window] = sequence[1:]
+        arrays["positions"][window] = positions[:length]
+        arrays["segment_ids"][window] = segment
+        span = Span(row, offset + len(prompt) - 1, len(response))
         span.read(arrays["mask"])[:] = True
         for name in scalars:
             span.read(arrays[name])[:] = record[name]
