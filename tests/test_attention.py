@@ -98,6 +98,12 @@ def float64_decoding(q, k, v, lengths):
     return out
 
 
+def attend_stored(q, k, v, lengths):
+    """`attend_filled` to keys in their plain order."""
+    k = decode_attention.store_keys(jnp.asarray(k), k.shape[2])
+    return decode_attention.attend_filled(q, k, v, lengths)
+
+
 def check_rows_do_not_see_others(attend, arrays, lengths):
     """Every row is bit for bit the same whatever the other rows hold."""
     found = np.asarray(attend(*arrays, lengths))
@@ -112,11 +118,33 @@ def test_decoding_equals_float64_in_blocks_of_rows():
     """Rows of 1 to 384 positions, which share a block with others of like length."""
     arrays, lengths = decoding_inputs(B=24, H=4, K=2, C=384)
     assert decode_attention.block_rows(2, 384, 128, 4) < 24
-    attend = jax.jit(decode_attention.attend_filled)
+    attend = jax.jit(attend_stored)
     np.testing.assert_allclose(
         attend(*arrays, lengths), float64_decoding(*arrays, lengths), atol=1e-5
     )
     check_rows_do_not_see_others(attend, arrays, lengths)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("capacity", [40, 384])
+def test_keys_written_one_by_one_are_those_stored_at_once(monkeypatch, platform, capacity):
+    """Across the border of a chunk, and of a chunk that is not square; one row is idle."""
+    monkeypatch.setattr(decode_attention, "current_platform", lambda: platform)
+    (_, keys, _), _ = decoding_inputs(B=4, H=4, K=2, C=capacity, N=16)
+    start = np.array([0, 17, 20, 30]) if capacity == 40 else np.array([0, 125, 127, 250])
+    active = jnp.array([True, True, False, True])
+    known = np.where(np.arange(capacity)[:, None] < start[:, None, None, None], keys, 7)
+    cache = decode_attention.store_keys(jnp.asarray(known), capacity)
+    for step in range(6):
+        positions = start + step
+        new = keys[np.arange(4), :, positions]
+        cache = decode_attention.write_keys(cache, jnp.asarray(new), jnp.asarray(positions), active)
+    ends = np.where(active, start + 6, start)
+    expected = np.where(np.arange(capacity)[:, None] < ends[:, None, None, None], keys, 7)
+    np.testing.assert_array_equal(
+        cache, decode_attention.store_keys(jnp.asarray(expected), capacity)
+    )
+    assert (np.asarray(cache) == expected).all() == (platform == "tpu")
 
 
 def test_decoding_on_tpu_equals_float64(monkeypatch):
@@ -126,7 +154,7 @@ def test_decoding_on_tpu_equals_float64(monkeypatch):
     arrays, lengths = decoding_inputs(B=6, H=4, K=2, C=640)
     arrays = [x.astype(jnp.bfloat16) for x in arrays]
     with pltpu.force_tpu_interpret_mode():
-        attend = jax.jit(decode_attention.attend_filled)
+        attend = jax.jit(attend_stored)
         assert "paged_attention" in attend.lower(*arrays, lengths).as_text()
         found = np.float32(attend(*arrays, lengths))
         check_rows_do_not_see_others(attend, arrays, lengths)

@@ -170,9 +170,13 @@ def test_no_token_sees_a_later_one(config, params):
         assert (reach[: t + 1] > 0).all()
 
 
-def test_decoding_with_a_cache_equals_the_plain_forward(config, params):
-    """A ragged prefill followed by single steps, with garbage beyond each row's length."""
-    batch, length, prefill = 3, 12, np.array([5, 1, 8])
+@pytest.mark.parametrize(("length", "prefill"), [(12, [5, 1, 8]), (140, [130, 122, 133])])
+def test_decoding_with_a_cache_equals_the_plain_forward(config, params, length, prefill):
+    """A ragged prefill followed by single steps, with garbage beyond each row's length.
+
+    In one chunk of the cache, and over the border of two.
+    """
+    batch, prefill = 3, np.array(prefill)
     tokens, positions, segments = inputs(config, batch, length)
     expected, _ = forward(config, params, tokens, positions, segments)
     decode_params = inference.inference_params(config, params)

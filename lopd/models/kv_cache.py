@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lopd.models.decode_attention import CHUNK, attend_filled
+from lopd.models.decode_attention import (
+    CHUNK,
+    attend_filled,
+    store_keys,
+    write_keys,
+    write_values,
+)
 from lopd.models.sharding import ROWS, current_mesh, spec
 
 CACHE_SPEC = spec("rows", "kv_heads")
@@ -36,23 +42,9 @@ def _own_rows(rows: jax.Array, count: int) -> jax.Array:
     return jnp.where((rows >= 0) & (rows < count), rows, count)
 
 
-def _write_at(
-    cache_BKCN: jax.Array, new_BKN: jax.Array, positions_B: jax.Array, active_B: jax.Array
-) -> jax.Array:
-    """The cache with each active row's new vectors at its position."""
-    B, K, C, N = cache_BKCN.shape
-    # One index per vector: with (row, position) as indices and heads between them, XLA for TPU
-    # copies the whole cache into another layout and back.
-    index_BK = (jnp.arange(B * K).reshape(B, K)) * C + positions_B[:, None]
-    index_BK = jnp.where(active_B[:, None], index_BK, B * K * C)
-    vectors = new_BKN.reshape(B * K, N).astype(cache_BKCN.dtype)
-    flat = cache_BKCN.reshape(B * K * C, N)
-    return flat.at[index_BK.reshape(-1)].set(vectors, mode="drop").reshape(cache_BKCN.shape)
-
-
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's keys and values, each [B, K, C, N]."""
+    """One layer's keys (as `store_keys` lays them) and values, each [B, K, C, N]."""
 
     k: jax.Array
     v: jax.Array
@@ -60,14 +52,18 @@ class LayerCache:
     def insert(self, k_RTKN: jax.Array, v_RTKN: jax.Array, rows: jax.Array) -> "LayerCache":
         """Puts prompts' keys and values at the start of the given rows; rows >= B are dropped."""
 
-        def put(cache, new, rows):
-            new = new.swapaxes(1, 2).astype(cache.dtype)
-            rows = _own_rows(rows, len(cache))
-            return cache.at[rows, :, : new.shape[2]].set(new, mode="drop")
+        def put(k, v, k_new, v_new, rows):
+            k_new, v_new = (x.swapaxes(1, 2).astype(k.dtype) for x in (k_new, v_new))
+            k_new, rows = store_keys(k_new, k.shape[2]), _own_rows(rows, len(k))
+            return tuple(
+                cache.at[rows, :, : new.shape[2]].set(new, mode="drop")
+                for cache, new in ((k, k_new), (v, v_new))
+            )
 
         new = PartitionSpec(None, None, "tensor")
-        put = _per_device(put, (CACHE_SPEC, new, PartitionSpec()), CACHE_SPEC)
-        return LayerCache(put(self.k, k_RTKN, rows), put(self.v, v_RTKN, rows))
+        specs = (CACHE_SPEC, CACHE_SPEC, new, new, PartitionSpec())
+        put = _per_device(put, specs, (CACHE_SPEC, CACHE_SPEC))
+        return LayerCache(*put(self.k, self.v, k_RTKN, v_RTKN, rows))
 
     def extend(
         self,
@@ -88,8 +84,8 @@ class LayerCache:
             q, k_new, v_new, positions, active = (
                 x[:count] for x in (q, k_new, v_new, positions, active)
             )
-            k = _write_at(k, k_new, positions, active)
-            v = _write_at(v, v_new, positions, active)
+            k = write_keys(k, k_new, positions, active)
+            v = write_values(v, v_new, positions, active)
             out = attend_filled(q, k, v, jnp.where(active, positions + 1, 1))
             return jnp.pad(out, ((0, padding), (0, 0), (0, 0))), k, v
 
