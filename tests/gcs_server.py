@@ -8,14 +8,14 @@ import contextlib
 import functools
 import http.server
 import io
-import json
 import logging
 import pathlib
 import re
+import subprocess
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers.buckets import create_bucket
@@ -28,6 +28,10 @@ BUCKET, READ_ONLY, OBJECTS_ONLY = "bucket", "readonly", "objectsonly"
 
 class _Handler(RequestHandler):
     """One request: refused, or answered by the emulator."""
+
+    def __init__(self, bucket: "Bucket", *arguments):
+        self._bucket = bucket
+        super().__init__(bucket.storage, *arguments)
 
     def _whole_body(self) -> bool:
         """Whether all of the body has come; the emulator would store what a killed client sent."""
@@ -72,6 +76,7 @@ class _Handler(RequestHandler):
             return
         with contextlib.suppress(BrokenPipeError):  # gcsfs asks twice, and takes the first answer
             getattr(self, f"do_{self.command}")()
+        self._bucket.after_request()
 
     def end_headers(self):
         """Adds the generation to what is read."""
@@ -83,8 +88,10 @@ class _Handler(RequestHandler):
 class Bucket:
     """What the server holds, as anyone sees it, and the environment that leads clients to it."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, storage: Storage):
         self._objects = f"{url}/storage/v1/b/{BUCKET}/o"
+        self.storage = storage
+        self.after_request = lambda: None
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
@@ -94,8 +101,21 @@ class Bucket:
 
     def names(self, prefix: str = "") -> list[str]:
         """The objects whose names begin so."""
-        with urllib.request.urlopen(f"{self._objects}?prefix={prefix}") as answer:
-            return [item["name"] for item in json.load(answer)["items"]]
+        return [item["name"] for item in self.storage.get_file_list(BUCKET, prefix)[0]]
+
+    def kill(
+        self, process: subprocess.Popen, prefix: str, when: Callable[[list[str]], bool]
+    ) -> None:
+        """SIGKILL as soon as the names that begin so are as `when` has it, before anything else
+        is answered. Waits for the end of the process."""
+
+        def look():
+            if when(self.names(prefix)):
+                process.kill()
+
+        self.after_request = look
+        process.wait()
+        self.after_request = lambda: None
 
     def read(self, name: str) -> bytes:
         """An object."""
@@ -125,10 +145,11 @@ def serve() -> Iterator[Bucket]:
     storage = Storage(use_memory_fs=True)
     for name in (BUCKET, READ_ONLY, OBJECTS_ONLY):
         create_bucket(name, storage)
-    handler = functools.partial(_Handler, storage)
-    with http.server.HTTPServer(("localhost", 0), handler) as server:
+    with http.server.HTTPServer(("localhost", 0), None) as server:
+        bucket = Bucket(f"http://localhost:{server.server_port}", storage)
+        server.RequestHandlerClass = functools.partial(_Handler, bucket)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield Bucket(f"http://localhost:{server.server_port}")
+            yield bucket
         finally:
             server.shutdown()

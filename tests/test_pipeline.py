@@ -194,15 +194,13 @@ def whole_in_bucket(bucket, tmp_path_factory):
         "run/opd/checkpoints/4/": lambda names: names and not any("commit" in n for n in names),
     }
     environment_ = environment(bucket.environment)
-    for prefix, reached in points.items():
+    for prefix, when in points.items():
         process = subprocess.Popen(
             command("gs://bucket/run"), env=environment_, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        while process.poll() is None and not reached(bucket.names(prefix)):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        bucket.kill(process, prefix, when)
+        assert process.returncode == -signal.SIGKILL
     done = run("gs://bucket/run", more_environment=bucket.environment)
     assert done.returncode == 0, done.stderr
     return bucket.download("run/", tmp_path_factory.mktemp("bucket")), done

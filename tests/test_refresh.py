@@ -110,15 +110,12 @@ def test_killed_in_a_round_and_after_it_ends_bit_identical(models, whole, tmp_pa
     given = {"opd__cache": f"{models}/precompute"}
     opd = tmp_path / "opd"
     one = opd / "rounds" / "001"
-    interrupt(tmp_path, models, "opd", lambda: any(one.glob("*record-00000*")), **given, **EVERY)
+    interrupt(tmp_path, models, "opd", "opd/rounds/001/*record-00001-of-*", **given, **EVERY)
     assert not Artefact(one).complete and [
         r["start"] for r in Artefact(opd).manifest["rounds"]
     ] == [3]
-
-    def after():
-        return Artefact(one).complete and len((opd / "metrics.jsonl").read_text().splitlines()) >= 5
-
-    interrupt(tmp_path, models, "opd", after, **given, **EVERY)
+    interrupt(tmp_path, models, "opd", "opd/checkpoints/6", **given, **EVERY)
+    assert Artefact(one).complete and not (opd / "checkpoints" / "6").exists()
     same_run(run(models, tmp_path, "opd", **given, **EVERY), whole)
 
 

@@ -1,25 +1,24 @@
 """The tiny run without its training: an untrained teacher and π_ref, and stages that use them.
 
-As `python tiny_run.py WORKDIR MODELS STAGE NAME=VALUE...` it runs one stage on one device, to be
-killed.
+As `python tiny_run.py WORKDIR MODELS STAGE BEFORE NAME=VALUE...` it runs one stage on one device
+and is killed at a rename.
 """
 
 import ast
 import dataclasses
+import fnmatch
 import os
 import pathlib
 import runpy
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import jax
 import pytest
 from conftest import random_params
 
-from lopd import parallel, pipeline, shutdown
+from lopd import parallel, pipeline
 from lopd.artefact import Artefact
 from lopd.context import PARAMS, Context
 from lopd.fingerprint import params_fingerprint
@@ -73,33 +72,31 @@ def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
     return Artefact(pathlib.Path(workdir) / f"{stages[-1]}{part}")
 
 
-def interrupt(workdir, models, stage: str, when: Callable[[], bool], **changes) -> None:
-    """Runs a stage in a process of its own and kills it as soon as `when()` says so."""
+def interrupt(workdir, models, stage: str, before: str, **changes) -> None:
+    """Runs a stage in a process of its own, killed where it puts a file in place whose path below
+    `workdir` matches `before`: SIGKILL instead of that rename."""
     arguments = [f"{name}={value!r}" for name, value in changes.items()]
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(workdir), str(models), stage, *arguments],
+    done = subprocess.run(
+        [sys.executable, __file__, str(workdir), str(models), stage, before, *arguments],
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
-    while process.poll() is None and not when():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    errors = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, errors
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def main(workdir: str, models: str, stage: str, *changes: str) -> None:
-    """One stage, which ends as `lopd.main` does after a signal."""
+def main(workdir: str, models: str, stage: str, before: str, *changes: str) -> None:
+    """One stage, until the rename that `interrupt` names."""
+
+    def on_event(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and fnmatch.fnmatch(str(arguments[1]), f"{workdir}/{before}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(on_event)
     settings = dict(change.split("=") for change in changes)
     use_one_device(pytest.MonkeyPatch())
-    try:
-        with shutdown.on_signals():
-            run(models, workdir, stage, **{k: ast.literal_eval(v) for k, v in settings.items()})
-    except shutdown.Stopped:
-        sys.exit(shutdown.EXIT_STOPPED)
+    run(models, workdir, stage, **{k: ast.literal_eval(v) for k, v in settings.items()})
 
 
 if __name__ == "__main__":
