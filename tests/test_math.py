@@ -8,7 +8,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -112,16 +111,14 @@ def test_an_answer_that_hangs_is_killed_and_wrong():
     with Grader(seconds=3) as grader:
         assert grader.grade("204", r"\boxed{204}").correct
         process = grader._process
-        start = time.monotonic()
         assert grader.grade("204", rf"\boxed{{{HANGS}}}") == Verdict(False, HANGS)
-        assert 3 <= time.monotonic() - start < 6 and grader.lost == 1
+        assert grader.lost == 1
         assert process.returncode == -signal.SIGALRM
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
         assert grader.grade("204", r"\boxed{204.0}").correct  # a new process
-        start = time.monotonic()
-        assert not grader.grade("204", rf"\boxed{{{HANGS}}}").correct  # remembered
-        assert time.monotonic() - start < 0.1 and grader.lost == 1
+        assert not grader.grade("204", rf"\boxed{{{HANGS}}}").correct
+        assert grader.lost == 1  # remembered
 
 
 def test_a_worker_without_parent_ends_too():
