@@ -29,10 +29,6 @@ BUCKET, READ_ONLY, OBJECTS_ONLY = "bucket", "readonly", "objectsonly"
 class _Handler(RequestHandler):
     """One request: refused, or answered by the emulator."""
 
-    def __init__(self, bucket: "Bucket", *arguments):
-        self._bucket = bucket
-        super().__init__(bucket.storage, *arguments)
-
     def _whole_body(self) -> bool:
         """Whether all of the body has come; the emulator would store what a killed client sent."""
         length = int(self.headers.get("Content-Length", 0))
@@ -76,7 +72,6 @@ class _Handler(RequestHandler):
             return
         with contextlib.suppress(BrokenPipeError):  # gcsfs asks twice, and takes the first answer
             getattr(self, f"do_{self.command}")()
-        self._bucket.after_request()
 
     def end_headers(self):
         """Adds the generation to what is read."""
@@ -88,10 +83,10 @@ class _Handler(RequestHandler):
 class Bucket:
     """What the server holds, as anyone sees it, and the environment that leads clients to it."""
 
-    def __init__(self, url: str, storage: Storage):
+    def __init__(self, server: http.server.HTTPServer, storage: Storage):
+        self._server, self._storage = server, storage
+        url = f"http://localhost:{server.server_port}"
         self._objects = f"{url}/storage/v1/b/{BUCKET}/o"
-        self.storage = storage
-        self.after_request = lambda: None
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
@@ -101,7 +96,7 @@ class Bucket:
 
     def names(self, prefix: str = "") -> list[str]:
         """The objects whose names begin so."""
-        return [item["name"] for item in self.storage.get_file_list(BUCKET, prefix)[0]]
+        return [item["name"] for item in self._storage.get_file_list(BUCKET, prefix)[0]]
 
     def kill(
         self, process: subprocess.Popen, prefix: str, when: Callable[[list[str]], bool]
@@ -113,9 +108,9 @@ class Bucket:
             if when(self.names(prefix)):
                 process.kill()
 
-        self.after_request = look
+        self._server.service_actions = look  # which it calls after each request
         process.wait()
-        self.after_request = lambda: None
+        del self._server.service_actions
 
     def read(self, name: str) -> bytes:
         """An object."""
@@ -145,11 +140,10 @@ def serve() -> Iterator[Bucket]:
     storage = Storage(use_memory_fs=True)
     for name in (BUCKET, READ_ONLY, OBJECTS_ONLY):
         create_bucket(name, storage)
-    with http.server.HTTPServer(("localhost", 0), None) as server:
-        bucket = Bucket(f"http://localhost:{server.server_port}", storage)
-        server.RequestHandlerClass = functools.partial(_Handler, bucket)
+    handler = functools.partial(_Handler, storage)
+    with http.server.HTTPServer(("localhost", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield bucket
+            yield Bucket(server, storage)
         finally:
             server.shutdown()
