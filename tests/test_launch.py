@@ -170,7 +170,7 @@ def test_local_starts_a_stopped_run_again_and_no_failed_one(tmp_path):
     start = time.monotonic()
     done, runs = run_locally(tmp_path, ["hang", 2], "--processes=2")
     assert (done.returncode, len(runs)) == (2, 2)
-    assert time.monotonic() - start < 50, "the other process was left waiting"
+    assert time.monotonic() - start < 20, "the other process was left waiting"
 
 
 def find(calls: list[list[str]], *words: str) -> list[list[str]]:
@@ -244,7 +244,7 @@ def test_what_the_tpu_workers_are_told_to_run_works(stand_ins):
     assert stand_ins.run("tpu_pod.sh", "stop", "--zone=z", args=None).returncode == 0
     begun = time.monotonic()
     assert stand_ins.shell(command_in(stand_ins.calls[0])).returncode == 0
-    assert time.monotonic() - begun < 50
+    assert time.monotonic() - begun < 20
     assert stand_ins.shell(watch).returncode == 128 + signal.SIGTERM
 
 

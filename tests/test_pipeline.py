@@ -113,8 +113,10 @@ def test_every_stage_runs_and_says_so(whole):
 def test_second_run_does_nothing(whole):
     workdir, _ = whole
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    start = time.monotonic()
     done = run(workdir)
     assert done.returncode == 0 and done.stdout.count("complete, skipped") == 9
+    assert time.monotonic() - start < 60
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
 
 
