@@ -16,10 +16,10 @@ import time
 
 import numpy as np
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache import totals, writer
+from lopd.cache.fields import SCORED_FIELDS
 from lopd.cache.reader import Records
-from lopd.cache.schema import SCORED_FIELDS
 from lopd.config import base_config
 from lopd.data.batches import step_batches
 

@@ -20,19 +20,19 @@ import jax
 import numpy as np
 from input_pipeline import make_cache
 
-from lopd import parallel
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.config import base_config, training_recipe
 from lopd.data.batches import put_batch, step_batches
-from lopd.models import qwen3
-from lopd.objectives import lightning_opd
-from lopd.platform import prepare
+from lopd.machine import devices
+from lopd.machine.setup import prepare
+from lopd.models import decoder
+from lopd.objectives.sampled import lightning_opd
 from lopd.training.loop import _InFlight, _Log, train
 from lopd.training.state import create_state, make_optimizer
 from lopd.training.step import make_train_step
 
-MODEL = qwen3.Qwen3Config(
+MODEL = decoder.DecoderConfig(
     vocab_size=21,
     hidden_size=64,
     intermediate_size=128,
@@ -72,7 +72,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=60)
     options = arguments.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = devices.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
     folder = tempfile.TemporaryDirectory()
     batches = step_batches(
@@ -89,7 +89,7 @@ def main() -> None:
         pass
     alone = (time.perf_counter() - start) / options.steps
     settings, objective = base_config(), lightning_opd(1.0)
-    params = qwen3.init_params(MODEL, jax.random.key(0))
+    params = decoder.init_params(MODEL, jax.random.key(0))
     with folder:
         prepare(folder.name)
         artefact = Artefact(os.path.join(folder.name, "opd"))
@@ -114,7 +114,7 @@ def time_of_a_row(artefact, recipe, settings, batches, mesh) -> float:
     """Seconds that the loop takes to read and write the metrics of a step that has run."""
     optimizer = make_optimizer(recipe)
     step = make_train_step(MODEL, optimizer, lightning_opd(1.0), mesh)
-    params = qwen3.init_params(MODEL, jax.random.key(0))
+    params = decoder.init_params(MODEL, jax.random.key(0))
     state = create_state(MODEL, optimizer, params, mesh)
     _, metrics = step(state, put_batch(batches[0], mesh, 8))
     jax.block_until_ready(metrics)

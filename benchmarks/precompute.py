@@ -23,13 +23,14 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from lopd import parallel
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
-from lopd.models import hf, qwen3
-from lopd.platform import prepare
+from lopd.checkpoints import hugging_face
+from lopd.machine import devices
+from lopd.machine.setup import prepare
+from lopd.models import decoder
 from lopd.stages import common, precompute, rollouts
+from lopd.stages.run import Context
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = dict(vocab_size=128, num_key_value_heads=2, head_dim=64)
@@ -47,12 +48,12 @@ def context(folder: pathlib.Path, prompts: int) -> Context:
     config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
     config.precompute.update(prompts=prompts, response_length=256, row_length=320, temperature=1.0)
     config.runtime.update(records_per_shard=SHARD, slots=64)
-    mesh = parallel.make_mesh(config.mesh.to_dict())
+    mesh = devices.make_mesh(config.mesh.to_dict())
     for seed, (name, shape) in enumerate({"teacher": TEACHER, "sft": STUDENT}.items()):
-        model = qwen3.Qwen3Config(**shape)
+        model = decoder.DecoderConfig(**shape)
         (folder / name).mkdir(exist_ok=True)
-        params = qwen3.init_params(model, jax.random.key(seed))
-        hf.save_checkpoint(epath.Path(folder / name), model, params, end_id=1)
+        params = decoder.init_params(model, jax.random.key(seed))
+        hugging_face.save_checkpoint(epath.Path(folder / name), model, params, end_id=1)
         config[name].checkpoint = str(folder / name)
     config.teacher.model.update(TEACHER)
     config.student.model.update(STUDENT)
@@ -110,7 +111,7 @@ def main() -> None:
         prepare(name)
         ctx = context(folder, options.prompts)
         weights = {
-            which: hf.load_checkpoint(epath.Path(folder / which), ctx.mesh)[1]
+            which: hugging_face.load_checkpoint(epath.Path(folder / which), ctx.mesh)[1]
             for which in ("teacher", "sft")
         }
         for repeat in range(options.repeats + 1):

@@ -26,13 +26,14 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from lopd.models import hf, inference, qwen3
-from lopd.platform import prepare
+from lopd.checkpoints import hugging_face
+from lopd.machine.setup import prepare
+from lopd.models import decoder, inference
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampling, Stats, generate
 
-_SMALL = qwen3.Qwen3Config(
+_SMALL = decoder.DecoderConfig(
     vocab_size=32_768,
     hidden_size=640,
     intermediate_size=1920,
@@ -50,7 +51,7 @@ MODELS = {
 MEAN_LENGTH, CAP, LONGEST_PROMPT = 96, 512, 64
 
 
-def end_ids(c: qwen3.Qwen3Config) -> tuple[int, ...]:
+def end_ids(c: decoder.DecoderConfig) -> tuple[int, ...]:
     """One in MEAN_LENGTH tokens; all are about equally likely, as the random weights are small."""
     return tuple(range(round(c.vocab_size / MEAN_LENGTH)))
 
@@ -112,7 +113,7 @@ def decode_roofline(c, params, rows: int, filled: int, truncation: Truncation) -
     )
 
 
-def prompts(c: qwen3.Qwen3Config, count: int) -> list[np.ndarray]:
+def prompts(c: decoder.DecoderConfig, count: int) -> list[np.ndarray]:
     """Random prompts of 16 to LONGEST_PROMPT tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(16, LONGEST_PROMPT + 1, count)
@@ -197,10 +198,10 @@ def main() -> None:
     c = MODELS[flags.model]
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
-        stacked = qwen3.init_params(c, jax.random.key(0))
+        stacked = decoder.init_params(c, jax.random.key(0))
         checkpoint = pathlib.Path(folder) / "model"
         checkpoint.mkdir()
-        hf.save_checkpoint(checkpoint, c, stacked, end_id=0)
+        hugging_face.save_checkpoint(checkpoint, c, stacked, end_id=0)
         reference = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()

@@ -22,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopd import config as lopd_config
-from lopd import parallel, platform
 from lopd.data.batches import micro_batches
-from lopd.models import qwen3
+from lopd.machine import devices, setup
+from lopd.models import decoder
+from lopd.models.flops import training_flops
 from lopd.models.presets import PRESETS
-from lopd.objectives import lightning_opd
-from lopd.scoring import score_responses
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import lightning_opd
+from lopd.rollouts.scoring import score_responses
 from lopd.training.state import create_state, make_optimizer
 from lopd.training.step import make_train_step
-from lopd.training.utilisation import training_flops
 
-SMALL = {"42m": qwen3.Qwen3Config(32_768, 512, 1536, 8, 8, 4, 64)}
+SMALL = {"42m": decoder.DecoderConfig(32_768, 512, 1536, 8, 8, 4, 64)}
 PROMPT = 64
 RECIPE = lopd_config.training_recipe(learning_rate=1e-5)
 TAU = 10.0
@@ -52,7 +53,7 @@ def matmul_peak(dtype, seconds: float = 3.0) -> float:
     return best
 
 
-def records(config: qwen3.Qwen3Config, rows: int, length: int) -> list[dict]:
+def records(config: decoder.DecoderConfig, rows: int, length: int) -> list[dict]:
     """`rows` responses that fill a row each."""
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(0, config.vocab_size, n).astype(np.int32)  # noqa: E731
@@ -85,8 +86,8 @@ def jax_step(config, mesh, data, args):
     """A function that makes one update; the state lives in it."""
     optimizer = make_optimizer(RECIPE)
     params = jax.jit(
-        lambda key: qwen3.init_params(config, key),
-        out_shardings=parallel.param_shardings(config, mesh),
+        lambda key: decoder.init_params(config, key),
+        out_shardings=param_shardings(config, mesh),
     )(jax.random.key(0))
     state = create_state(config, optimizer, params, mesh)
     train = make_train_step(config, optimizer, lightning_opd(TAU), mesh, args.remat)
@@ -97,7 +98,7 @@ def jax_step(config, mesh, data, args):
         reduction="sample_mean",
         token_fields=("teacher_logprobs", "ref_logprobs"),
     )
-    rows, whole = parallel.rows_sharding(mesh, leading=1), parallel.replicated(mesh)
+    rows, whole = devices.rows_sharding(mesh, leading=1), devices.replicated(mesh)
     batch = {k: jax.device_put(v, whole if k == "num_micro" else rows) for k, v in batch.items()}
 
     def step():
@@ -172,12 +173,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--remat", default="full", help="a key of qwen3.REMAT_POLICIES")
+    parser.add_argument("--remat", default="full", help="a key of decoder.REMAT_POLICIES")
     parser.add_argument("--torch", action="store_true", help="also PyTorch, on the same device")
     parser.add_argument("--checkpointing", action="store_true", help="PyTorch: recompute too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as compiled:
-        platform.prepare(compiled)
+        setup.prepare(compiled)
         run(args)
 
 
@@ -185,12 +186,12 @@ def run(args: argparse.Namespace) -> None:
     """Measures and prints."""
     config = (SMALL | dict(PRESETS))[args.model]
     config = config.__class__(**{**config.__dict__, "dtype": args.dtype})
-    mesh = parallel.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    mesh = devices.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     data = records(config, args.rows, args.length)
     tokens = args.rows * args.length
     training = training_flops(config, tokens, tokens * args.length)
     peak = matmul_peak(jnp.dtype(args.dtype)) * mesh.size
-    parameters = sum(x.size for x in jax.tree.leaves(qwen3.abstract_params(config)))
+    parameters = sum(x.size for x in jax.tree.leaves(decoder.abstract_params(config)))
     print(
         f"{jax.devices()[0].device_kind} × {mesh.size}, {os.cpu_count()} cores, "
         f"jax {jax.__version__}; {args.model} ({parameters / 1e6:.0f} M parameters), "
@@ -209,8 +210,8 @@ def run(args: argparse.Namespace) -> None:
     del step
     gc.collect()
     params = jax.jit(
-        lambda key: jax.tree.map(lambda x: x.astype(args.dtype), qwen3.init_params(config, key)),
-        out_shardings=parallel.param_shardings(config, mesh),
+        lambda key: jax.tree.map(lambda x: x.astype(args.dtype), decoder.init_params(config, key)),
+        out_shardings=param_shardings(config, mesh),
     )(jax.random.key(0))
     score = lambda: score_responses(  # noqa: E731
         config, params, data, mesh=mesh, row_length=args.length, rows_per_micro=args.rows

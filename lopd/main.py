@@ -1,7 +1,7 @@
 """Command line: `python -m lopd.main --config=configs/tiny.py --workdir=DIR [--stages=a,b]`.
 
 Any setting can be changed with `--config.section.key=value`. Exit codes: 0 done, 2 bad input or no
-room on disk, 75 stopped by a signal with all work safe (`lopd.shutdown`).
+room on disk, 75 stopped by a signal with all work safe (`lopd.machine.shutdown`).
 """
 
 import errno
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lopd import shutdown
 from lopd.errors import UserError
+from lopd.machine import processes, shutdown
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
@@ -78,34 +78,34 @@ def guarded(work: Callable[[], None]) -> None:
 
     A mistake of the user's or a full disk is one line; signals are a request to stop.
     """
-    from lopd import parallel, platform
-    from lopd.storage import is_local
+    from lopd.machine import setup
+    from lopd.machine.storage import is_local
 
-    platform.prepare(WORKDIR.value)
+    setup.prepare(WORKDIR.value)
     try:
-        parallel.initialize()
+        processes.initialize()
         with shutdown.on_signals():
             work()
     except UserError as error:
         _report(str(error))
-        parallel.leave(shutdown.EXIT_ERROR)
+        processes.leave(shutdown.EXIT_ERROR)
     except shutdown.Stopped:
         print("\nlopd: stopped; the same command continues from here", file=sys.stderr)
         sys.exit(shutdown.EXIT_STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
-            parallel.leave(1)
+            processes.leave(1)
         # Buckets do not fill up; what goes to one, or comes from it, is on a disk on the way.
         where = WORKDIR.value if is_local(WORKDIR.value) else tempfile.gettempdir()
         _report(
             f"no room left on the disk of {where} ({error}): free some and run the same command, "
             "it continues from what is finished"
         )
-        parallel.leave(shutdown.EXIT_ERROR)
+        processes.leave(shutdown.EXIT_ERROR)
     except Exception:
         traceback.print_exc()
-        parallel.leave(1)
+        processes.leave(1)
 
 
 if __name__ == "__main__":

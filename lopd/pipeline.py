@@ -8,12 +8,14 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel, report, shutdown
-from lopd.artefact import Artefact, open_complete
-from lopd.context import Context
+from lopd import report
+from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.checkpoints import hugging_face
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
-from lopd.models import hf
+from lopd.machine import devices, processes, shutdown
+from lopd.machine.storage import absolute, check_url, reason
+from lopd.models.shardings import check_divisible
 from lopd.stages import (
     adopt,
     control,
@@ -28,7 +30,7 @@ from lopd.stages import (
     teacher,
 )
 from lopd.stages import eval as evaluation
-from lopd.storage import absolute, check_url, reason
+from lopd.stages.run import Context
 
 STAGES = {
     "teacher": teacher,
@@ -92,9 +94,9 @@ def _check_writable(workdir: epath.Path) -> None:
         probe.write_text("")
     except Exception as error:  # the clients of buckets have their own kinds
         raise UserError(f"--workdir={workdir} cannot be written: {reason(error)}") from error
-    parallel.barrier("probes written")
+    processes.barrier("probes written")
     shared = (workdir / ".write-probe-0").exists()
-    if parallel.any_process(not shared):
+    if processes.any_process(not shared):
         raise UserError(
             f"--workdir={workdir} is not the same directory on all {jax.process_count()} "
             "processes: give a network file system or a bucket (gs://) that all of them see"
@@ -103,7 +105,7 @@ def _check_writable(workdir: epath.Path) -> None:
 
 
 def _say(text: str) -> None:
-    if parallel.is_main():
+    if processes.is_main():
         print(text, flush=True)
 
 
@@ -139,7 +141,7 @@ def check_settings(ctx: Context, stages: tuple[str, ...]) -> None:
                     f"prompt_length + {name}.response_length = {longest} is more than the "
                     f"{which}'s max_position_embeddings={model.max_position_embeddings}"
                 )
-        parallel.check_divisible(model, ctx.mesh, f"{which}.model")
+        check_divisible(model, ctx.mesh, f"{which}.model")
         check_vocabulary(ctx.tokenizer, model.vocab_size, f"the embedding of {which}.model")
     top_k = ctx.config.precompute.teacher_top_k
     if top_k and _uses_teacher(ctx, stages) and top_k > ctx.model("teacher").vocab_size:
@@ -179,9 +181,9 @@ def _check_checkpoints(ctx: Context, stages: tuple[str, ...]) -> None:
     """What Hugging Face checkpoints must agree on before any is used."""
     for path in (ctx.external("sft"), ctx.config.student.checkpoint):
         if path:
-            hf.resolve_checkpoint(path)
+            hugging_face.resolve_checkpoint(path)
     if ctx.external("teacher"):
-        teacher = hf.resolve_checkpoint(ctx.external("teacher"))
+        teacher = hugging_face.resolve_checkpoint(ctx.external("teacher"))
         check_same_vocabulary(
             load_tokenizer(teacher), ctx.tokenizer, f"the tokenizers of {teacher} and the student"
         )
@@ -208,7 +210,7 @@ def run(
       UserError: for bad settings, before any work; or for an artefact made with other ones.
     """
     stages = tuple(stages) or tuple(config.stages)
-    ctx = Context(config, absolute(workdir), parallel.make_mesh(config.mesh.to_dict()), worker)
+    ctx = Context(config, absolute(workdir), devices.make_mesh(config.mesh.to_dict()), worker)
     if worker and not {*stages} <= {*WORKER_STAGES}:
         raise UserError(
             f"--worker splits {', '.join(WORKER_STAGES)} only: say which with --stages, once what "
@@ -223,23 +225,23 @@ def run(
     except shutdown.Stopped:
         # What a stop was for may come half a minute after the signal, and leaving with the right
         # code goes before a page.
-        if parallel.is_main() and shutdown.seconds_since_request() < _REPORT_WITHIN:
+        if processes.is_main() and shutdown.seconds_since_request() < _REPORT_WITHIN:
             with shutdown.ignored():
                 _write_report(ctx, failed=True)
         raise
     except BaseException:
         # What the stages have left is looked at most after a failure.
-        if parallel.is_main():
+        if processes.is_main():
             _write_report(ctx, failed=True)
         raise
-    if parallel.is_main():
+    if processes.is_main():
         _print_summary(ctx, ordered)
         _write_report(ctx, failed=False)
 
 
 def _run_stages(ctx: Context, ordered: list[str]) -> None:
     for number, name in enumerate(ordered, start=1):
-        parallel.check_stop()
+        processes.check_stop()
         title = f"[{number}/{len(ordered)}] {name}"
         if ctx.given(name):
             _say(f"{title}: given, {ctx.given(name)}")
@@ -274,7 +276,7 @@ def run_stage(ctx: Context, name: str, title: str) -> None:
         _say(f"{title}: complete, skipped")
         return
     _say(f"{title}{': continued' if artefact.manifest else ''}")
-    parallel.barrier(f"{name} looked at")  # before it changes
+    processes.barrier(f"{name} looked at")  # before it changes
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
     before = artefact.manifest["seconds"]

@@ -15,10 +15,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from lopd import parallel  # noqa: E402
-from lopd.models import qwen3  # noqa: E402
+from lopd.machine import devices  # noqa: E402
+from lopd.models import decoder  # noqa: E402
 
-TIED = qwen3.Qwen3Config(
+TIED = decoder.DecoderConfig(
     vocab_size=37,
     hidden_size=48,
     intermediate_size=80,
@@ -32,7 +32,7 @@ TIED = qwen3.Qwen3Config(
 
 
 @pytest.fixture(scope="session")
-def config() -> qwen3.Qwen3Config:
+def config() -> decoder.DecoderConfig:
     return TIED
 
 
@@ -44,7 +44,7 @@ def params(config):
 @pytest.fixture(scope="session")
 def one_device_mesh():
     sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-    return parallel.make_mesh(sizes, jax.devices()[:1])
+    return devices.make_mesh(sizes, jax.devices()[:1])
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +69,9 @@ def one_device():
         yield
 
 
-def random_params(config: qwen3.Qwen3Config, seed: int) -> qwen3.Params:
+def random_params(config: decoder.DecoderConfig, seed: int) -> decoder.Params:
     """Parameters whose norm scales are random too, so that a missed one shows."""
-    params = qwen3.init_params(config, jax.random.key(seed))
+    params = decoder.init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
     def perturb(path, x):

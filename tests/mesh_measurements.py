@@ -14,12 +14,13 @@ from conftest import TIED, random_records
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lopd import parallel
 from lopd.data.batches import micro_batches
-from lopd.models import qwen3
-from lopd.models.sharding import on_mesh
-from lopd.objectives import lightning_opd
-from lopd.scoring import score_responses
+from lopd.machine import devices, processes
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import lightning_opd
+from lopd.rollouts.scoring import score_responses
 from lopd.training.step import batch_gradients
 
 FIELDS = ("teacher_logprobs", "ref_logprobs")
@@ -40,7 +41,7 @@ ROW_LENGTH = 44  # unlike any size of the models, so that it tells activations i
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return devices.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def records() -> list[dict]:
@@ -66,7 +67,7 @@ def batch(packed: bool, rows_per_micro: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def host_params(kind: str) -> qwen3.Params:
+def host_params(kind: str) -> decoder.Params:
     """Random parameters, norm scales around one; drawn by NumPy because nothing compiles then."""
     rng = np.random.default_rng(3)
 
@@ -74,11 +75,11 @@ def host_params(kind: str) -> qwen3.Params:
         around = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
         return (around + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, qwen3.abstract_params(CONFIGS[kind]))
+    return jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(CONFIGS[kind]))
 
 
-def _params(kind: str, mesh: Mesh) -> qwen3.Params:
-    return jax.device_put(host_params(kind), parallel.param_shardings(CONFIGS[kind], mesh))
+def _params(kind: str, mesh: Mesh) -> decoder.Params:
+    return jax.device_put(host_params(kind), param_shardings(CONFIGS[kind], mesh))
 
 
 def _on_host(tree, prefix: str) -> dict[str, np.ndarray]:
@@ -93,13 +94,13 @@ def _on_host(tree, prefix: str) -> dict[str, np.ndarray]:
 def gradient_program(kind: str, mesh: Mesh, rows_per_micro: int = 8) -> jax.stages.Compiled:
     """The compiled gradient of one global batch, as the training step takes it."""
     config = CONFIGS[kind]
-    whole = parallel.replicated(mesh)
+    whole = devices.replicated(mesh)
 
     def program(params, batch):
         with on_mesh(mesh):
             return batch_gradients(config, lightning_opd(1.0), params, batch)
 
-    shardings = parallel.param_shardings(config, mesh)
+    shardings = param_shardings(config, mesh)
     arguments = (_params(kind, mesh), _on_mesh(mesh, batch(True, rows_per_micro)))
     lowered = jax.jit(program, out_shardings=(shardings, whole)).lower(*arguments)
     # Compiles in a third of the time; the partitioner's passes are the same.
@@ -107,7 +108,7 @@ def gradient_program(kind: str, mesh: Mesh, rows_per_micro: int = 8) -> jax.stag
 
 
 def _on_mesh(mesh: Mesh, arrays: dict) -> dict:
-    rows, whole = parallel.rows_sharding(mesh, leading=1), parallel.replicated(mesh)
+    rows, whole = devices.rows_sharding(mesh, leading=1), devices.replicated(mesh)
     return {name: jax.device_put(x, rows if np.ndim(x) else whole) for name, x in arrays.items()}
 
 
@@ -132,7 +133,7 @@ def logprobs(kind: str, mesh: Mesh) -> dict:
 
 
 def main(output: str, shape: str) -> None:
-    parallel.initialize(timeout=120)
+    processes.initialize(timeout=120)
     mesh = mesh_of(*map(int, shape.split(",")))
     found = {"processes": np.int32(jax.process_count())}
     for kind in CONFIGS:
@@ -140,7 +141,7 @@ def main(output: str, shape: str) -> None:
         if kind == "moe":  # the larger model's stands for both
             measured |= logprobs(kind, mesh)
         found |= {f"{kind} {name}": value for name, value in measured.items()}
-    if parallel.is_main():
+    if processes.is_main():
         np.savez(output, **found)
 
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import TIED
 from jax.experimental.pallas import tpu as pltpu
 
-from lopd import parallel
-from lopd.models import attention, blocked_attention, decode_attention, qwen3
-from lopd.models.sharding import on_mesh
+from lopd.machine import devices
+from lopd.machine.sharding import on_mesh
+from lopd.models import attention, blocked_attention, decode_attention, decoder
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 
@@ -189,13 +189,13 @@ def test_platforms_choose_their_kernel(platform, dtype, length, chosen):
 
 
 def test_attention_on_a_mesh_is_the_same():
-    mesh = parallel.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    mesh = devices.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
 
     def attend(*args):
         with on_mesh(mesh):
             return attention.attend(*args)
 
-    check_equals_float64(attend, 16, sharding=parallel.replicated(mesh))
+    check_equals_float64(attend, 16, sharding=devices.replicated(mesh))
 
 
 def test_no_gradient_crosses_a_segment_or_time(monkeypatch):
@@ -215,13 +215,13 @@ def test_no_gradient_crosses_a_segment_or_time(monkeypatch):
 def test_training_memory_is_linear_in_row_length():
     """Temporary memory of a compiled gradient: each doubling of a long row adds twice as much."""
     config = dataclasses.replace(TIED, num_hidden_layers=2, hidden_size=16, intermediate_size=16)
-    params = qwen3.abstract_params(config)
+    params = decoder.abstract_params(config)
 
     def temporary_bytes(length):
         rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(params, tokens, positions, ids):
-            hidden, _ = qwen3.forward(config, params, tokens, positions, ids, remat="full")
+            hidden, _ = decoder.forward(config, params, tokens, positions, ids, remat="full")
             return jnp.square(hidden).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(params, rows, rows, rows).compile()
@@ -232,19 +232,19 @@ def test_training_memory_is_linear_in_row_length():
 
 
 def test_every_remat_policy_gives_the_same_gradient():
-    params = qwen3.init_params(TIED, jax.random.key(0))
+    params = decoder.init_params(TIED, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 3, TIED.vocab_size)
     positions, ids = jnp.broadcast_to(jnp.arange(12), (2, 12)), jnp.ones((2, 12), jnp.int32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(remat, params):
         loss = lambda p: jnp.square(  # noqa: E731
-            qwen3.forward(TIED, p, tokens, positions, ids, remat=remat)[0]
+            decoder.forward(TIED, p, tokens, positions, ids, remat=remat)[0]
         ).sum()
         return jax.grad(loss)(params)
 
     expected = gradient("none", params)
-    for remat in set(qwen3.REMAT_POLICIES) - {"none"}:
+    for remat in set(decoder.REMAT_POLICIES) - {"none"}:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             expected,

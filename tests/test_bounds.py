@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lopd.objectives import lightning_opd
-from lopd.scoring import TokenScores
-from lopd.training.diagnostics import ess_fraction
+from lopd.models.token_scores import TokenScores
+from lopd.objectives.sampled import lightning_opd
+from lopd.training.drift import ess_fraction
 
 V, T = 3, 3
 RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))

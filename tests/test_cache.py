@@ -12,9 +12,15 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from lopd.artefact import Artefact, open_complete
-from lopd.cache import parquet, reader, schema, summary, totals, writer
+from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.cache import parquet, reader, summary, totals, writer
 from lopd.cache.__main__ import main
+from lopd.cache.codec import shard_name
+from lopd.cache.fields import (
+    SCORED_FIELDS,
+    check_record,
+    top_k_fields,
+)
 from lopd.cache.reader import Records, read_shard, verify, verify_records
 from lopd.data.batches import step_batches
 from lopd.data.tokenizers import load_tokenizer
@@ -41,7 +47,7 @@ def make_cache(path, shards=3, per_shard=4) -> Artefact:
     for s in range(shards):
         records = [record(s * per_shard + i) for i in range(per_shard)]
         writer.write_shard(
-            artefact, schema.SCORED_FIELDS, s, shards, records, totals.of_responses(records)
+            artefact, SCORED_FIELDS, s, shards, records, totals.of_responses(records)
         )
     writer.write_metadata(artefact)
     artefact.finish({})
@@ -90,7 +96,7 @@ def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
     options = dict(seed=1, batch_size=5, row_length=32, rows_per_micro=2, reduction="token_mean")
     options["token_fields"] = ("teacher_logprobs", "ref_logprobs")
     read = []
-    monkeypatch.setattr(schema, "check_record", lambda record, where: read.append(where))
+    monkeypatch.setattr(reader, "check_record", lambda record, where: read.append(where))
     held = step_batches(Records(cache), **options)
     assert len(read) == 12
     from_memory = [held[step] for step in range(6)]  # two and a half passes
@@ -156,7 +162,7 @@ def test_verify_looks_into_records_too(tmp_path):
     artefact = Artefact(tmp_path)
     artefact.begin("precompute", {}, {})
     for s in range(2):
-        writer.write_shard(artefact, schema.SCORED_FIELDS, s, 2, [record(3)], {})
+        writer.write_shard(artefact, SCORED_FIELDS, s, 2, [record(3)], {})
     writer.write_metadata(artefact)
     artefact.finish({})
     with pytest.raises(UserError, match="record 0: prompt 3, sample 1 is there twice"):
@@ -172,10 +178,10 @@ def test_what_is_no_logprob_is_refused(tmp_path, field, value):
     bad[field] = bad[field].copy()
     bad[field][1] = value
     with pytest.raises(UserError, match=f"record 0: {field}"):
-        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad], {})
+        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {})
     bad[field] = bad[field][:-1]
     with pytest.raises(UserError, match=f"{field} has 3 values for 4 tokens"):
-        writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, [bad], {})
+        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {})
     assert "shards" not in artefact.manifest
 
 
@@ -183,11 +189,11 @@ def test_only_listed_shards_count(tmp_path):
     """A crash between rename and listing leaves a file that is made again, not trusted."""
     artefact = Artefact(tmp_path)
     artefact.begin("precompute", {}, {})
-    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 2, [record(0)], {})
-    (tmp_path / schema.shard_name(1, 2)).write_bytes(b"half a shard")
+    writer.write_shard(artefact, SCORED_FIELDS, 0, 2, [record(0)], {})
+    (tmp_path / shard_name(1, 2)).write_bytes(b"half a shard")
     resumed = Artefact(tmp_path)
     assert writer.missing_shards(resumed, 2) == [1]
-    writer.write_shard(resumed, schema.SCORED_FIELDS, 1, 2, [record(1)], {})
+    writer.write_shard(resumed, SCORED_FIELDS, 1, 2, [record(1)], {})
     writer.write_metadata(resumed)
     verify(Artefact(tmp_path))
 
@@ -197,11 +203,11 @@ def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, c
     part.begin("precompute", {}, {})
     part.manifest["worker"] = [1, 3]
     for s in (1, 2):
-        writer.write_shard(part, schema.SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {})
+        writer.write_shard(part, SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {})
     part.finish({"responses": 4})
     said = f"{tmp_path}: part 1/3 of a cache, 4 records in 2 shards, all right\n"
     assert command(monkeypatch, capsys, "verify", tmp_path) == (0, said, "")
-    shard = tmp_path / schema.shard_name(2, 4)
+    shard = tmp_path / shard_name(2, 4)
     content = shard.read_bytes()
     for kind in ("bit flip", "truncation", "deletion"):
         damage_somehow(shard, kind, random.Random(kind))
@@ -222,7 +228,7 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
     artefact.begin("precompute", {}, {})
     records = [record(i) for i in range(12)]
     records[7]["teacher_logprobs"] = np.nextafter(records[7]["teacher_logprobs"], np.float32(-9))
-    writer.write_shard(artefact, schema.SCORED_FIELDS, 0, 1, records, {})
+    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, {})
     assert writer.content_fingerprint(artefact) != expected
 
 
@@ -247,7 +253,7 @@ def record_with_top_k(i: int) -> dict:
 def make_top_k_cache(path) -> Artefact:
     artefact = Artefact(path)
     artefact.begin("precompute", {"tokenizer": load_tokenizer("tiny").fingerprint}, {})
-    fields = schema.SCORED_FIELDS | schema.top_k_fields(TOP_K)
+    fields = SCORED_FIELDS | top_k_fields(TOP_K)
     for s in range(2):
         records = [record_with_top_k(s * 5 + i) for i in range(5)]
         counted = totals.of_responses(records) | totals.of_scores(records)
@@ -280,7 +286,7 @@ def test_what_is_no_top_k_is_refused(change, message):
     names = ("teacher_topk_ids", "teacher_topk_logprobs")
     bad |= dict(zip(names, change(*(bad[n] for n in names)), strict=True))
     with pytest.raises(UserError, match=message):
-        schema.check_record(bad, "here")
+        check_record(bad, "here")
 
 
 def bits(artefact: Artefact) -> list[dict]:
@@ -293,7 +299,7 @@ def test_parquet_and_back_is_bit_for_bit(tmp_path):
     parquet.to_parquet(cache, file)
     table = pyarrow.parquet.read_table(file)  # as anyone reads it
     assert table.column("teacher_logprobs").to_pylist()[5] == [-2.5, -2.5]
-    assert str(table.schema.field("prompt_id").type) == "int64"
+    assert str(table.field("prompt_id").type) == "int64"
     back = parquet.from_parquet(file, tmp_path / "b")
     assert bits(back) == bits(cache)
     assert [r["prompt_tokens"].dtype for r in Records(back)] == [np.int32] * 10
@@ -307,8 +313,8 @@ def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
     parquet.to_parquet(make_top_k_cache(tmp_path / "a"), file)
     table = pyarrow.parquet.read_table(file)
     finished = pyarrow.array([not x for x in table.column("finished").to_pylist()])
-    changed = table.set_column(table.schema.get_field_index("finished"), "finished", finished)
-    changed = changed.replace_schema_metadata(table.schema.metadata)
+    changed = table.set_column(table.get_field_index("finished"), "finished", finished)
+    changed = changed.replace_schema_metadata(table.metadata)
     pyarrow.parquet.write_table(changed, file, row_group_size=5)
     with pytest.raises(UserError, match="row group 0: its content is not what it was"):
         parquet.from_parquet(file, tmp_path / "b")
@@ -386,7 +392,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
 )
 def test_command_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     make_top_k_cache(tmp_path / "a")
-    shard = tmp_path / "a" / schema.shard_name(1, 2)
+    shard = tmp_path / "a" / shard_name(1, 2)
     shard.write_bytes(shard.read_bytes()[:-1])
     monkeypatch.chdir(tmp_path)
     arguments = ["a" if a == "CACHE" else a for a in arguments]

@@ -13,7 +13,7 @@ from qwen3_tokenizer import qwen3_folder
 from small_checkpoint import save_small_qwen3
 from test_pipeline import REPOSITORY, environment, refused
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.data.tokenizers import load_tokenizer
 

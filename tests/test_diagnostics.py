@@ -12,14 +12,15 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_run import CONFIG, batches, mesh_of
 
-from lopd import shutdown
 from lopd.config import base_config
 from lopd.data.batches import put_batch
-from lopd.models.qwen3 import Qwen3Config
-from lopd.objectives import lightning_opd
-from lopd.progress import TensorBoard, metrics_writers
-from lopd.scoring import score_responses
-from lopd.training.diagnostics import (
+from lopd.hardware import peak_flops
+from lopd.machine import shutdown
+from lopd.models.decoder import DecoderConfig
+from lopd.models.flops import training_flops
+from lopd.objectives.sampled import lightning_opd
+from lopd.rollouts.scoring import score_responses
+from lopd.training.drift import (
     ADVANTAGE_EDGES,
     BY_POSITION,
     ess_fraction,
@@ -28,7 +29,7 @@ from lopd.training.diagnostics import (
     scalars,
     sequence_intervals,
 )
-from lopd.training.utilisation import peak_flops, training_flops
+from lopd.training.metrics_files import TensorBoard, metrics_writers
 
 TAU = 1.0
 
@@ -276,7 +277,7 @@ def test_rows_go_to_wandb_and_a_continued_run_to_the_same_place(tmp_path, monkey
 
 def test_training_flops_of_qwen3_8b():
     """Against 6 × parameters (8.19e9 less the embedding's 0.62e9) and attention's share."""
-    model = Qwen3Config(
+    model = DecoderConfig(
         vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
     )  # fmt: skip

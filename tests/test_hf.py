@@ -14,10 +14,12 @@ import safetensors.numpy
 from conftest import TIED, random_params
 from test_model import MOE, UNTIED, transformers_model
 
-from lopd import parallel
+from lopd.checkpoints import hf_config, hugging_face
 from lopd.errors import UserError
-from lopd.models import hf, hf_config, qwen3
+from lopd.machine import devices
+from lopd.models import decoder
 from lopd.models.presets import PRESETS
+from lopd.models.shardings import param_shardings
 
 # What the hub's config.json of two models says (Transformers 4 style).
 PUBLISHED = {
@@ -89,7 +91,7 @@ PARAMETERS = {
 
 def mesh_of(data, fsdp, tensor):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return devices.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def assert_same(tree, other):
@@ -113,7 +115,7 @@ def moe_params():
 @pytest.fixture
 def checkpoint(tmp_path, tied_params):
     """A small sharded checkpoint that a test may damage."""
-    hf.save_checkpoint(tmp_path, TIED, tied_params, end_id=1, max_shard_bytes=60_000)
+    hugging_face.save_checkpoint(tmp_path, TIED, tied_params, end_id=1, max_shard_bytes=60_000)
     return tmp_path
 
 
@@ -132,7 +134,7 @@ def edit_shard(path, edit, number=0):
 
 def refused(path, mesh, message):
     with pytest.raises(UserError, match=message) as error:
-        hf.load_checkpoint(path, mesh)
+        hugging_face.load_checkpoint(path, mesh)
     assert "\n" not in str(error.value)
 
 
@@ -146,14 +148,14 @@ def test_export_import_export_is_bit_exact(tmp_path, moe_params, dtype):
     first.mkdir()
     second.mkdir()
     options = dict(end_id=1, dtype=dtype, max_shard_bytes=50_000)
-    hf.save_checkpoint(first, MOE, moe_params, **options)
-    config, params = hf.load_checkpoint(first, mesh_of(2, 2, 2), param_dtype=dtype)
+    hugging_face.save_checkpoint(first, MOE, moe_params, **options)
+    config, params = hugging_face.load_checkpoint(first, mesh_of(2, 2, 2), param_dtype=dtype)
     assert (
         params["layers"]["mlp"]["up"].sharding
-        == (parallel.param_shardings(MOE, mesh_of(2, 2, 2))["layers"]["mlp"]["up"])
+        == (param_shardings(MOE, mesh_of(2, 2, 2))["layers"]["mlp"]["up"])
     )
     assert_same(params, jax.tree.map(lambda x: x.astype(dtype), moe_params))
-    hf.save_checkpoint(second, config, params, **options)
+    hugging_face.save_checkpoint(second, config, params, **options)
     names = sorted(p.name for p in first.iterdir())
     assert len(names) > 5
     for name in names:
@@ -168,18 +170,18 @@ def test_reads_what_transformers_writes(tmp_path, config, one_device_mesh):
     params = random_params(config, seed=9)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
-    hf.save_checkpoint(ours, config, params, end_id=1)
+    hugging_face.save_checkpoint(ours, config, params, end_id=1)
     transformers_model(ours).save_pretrained(theirs, max_shard_size="60KB")
     assert len(list(theirs.glob("*.safetensors"))) > 1
-    found_config, found = hf.load_checkpoint(theirs, one_device_mesh)
+    found_config, found = hugging_face.load_checkpoint(theirs, one_device_mesh)
     assert found_config == config
     assert_same(found, params)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
 def test_stored_types_convert_exactly(tmp_path, tied_params, one_device_mesh, stored):
-    hf.save_checkpoint(tmp_path, TIED, tied_params, end_id=1, dtype=stored)
-    config, params = hf.load_checkpoint(tmp_path, one_device_mesh)
+    hugging_face.save_checkpoint(tmp_path, TIED, tied_params, end_id=1, dtype=stored)
+    config, params = hugging_face.load_checkpoint(tmp_path, one_device_mesh)
     assert config.dtype == ("bfloat16" if stored == "bfloat16" else "float32")
     assert_same(params, jax.tree.map(lambda x: x.astype(stored).astype("float32"), tied_params))
 
@@ -198,7 +200,7 @@ def test_index_lists_every_tensor_and_the_total(checkpoint):
 def test_tied_file_may_repeat_its_embedding_as_head(checkpoint, tied_params, one_device_mesh):
     embed = np.asarray(tied_params["embed"])
     edit_shard(checkpoint, lambda tensors: tensors.update({"lm_head.weight": embed}))
-    _, params = hf.load_checkpoint(checkpoint, one_device_mesh)
+    _, params = hugging_face.load_checkpoint(checkpoint, one_device_mesh)
     assert_same(params, tied_params)
 
 
@@ -207,20 +209,21 @@ def test_tied_file_may_repeat_its_embedding_as_head(checkpoint, tied_params, one
 _MEMORY = """
 import ctypes, gc, pathlib, sys
 import jax
-from lopd import parallel
-from lopd.models import hf
+from lopd.checkpoints import hugging_face
+from lopd.machine import devices
+
 
 def status(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-path, mesh = pathlib.Path(sys.argv[1]), parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+path, mesh = pathlib.Path(sys.argv[1]), devices.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
 for _ in range(2):  # the first load compiles
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    _, params = hf.load_checkpoint(path, mesh)
+    _, params = hugging_face.load_checkpoint(path, mesh)
     params_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     above = status("VmHWM") - before - params_bytes
     del params
@@ -230,16 +233,16 @@ print(above, params_bytes)
 
 def test_import_holds_two_tensors_at_most(tmp_path):
     """Peak resident memory beyond the parameters, in a process of its own."""
-    config = qwen3.Qwen3Config(16384, 512, 2048, 12, 4, 2, 128, dtype="bfloat16")
-    params = jax.jit(lambda key: qwen3.init_params(config, key))(jax.random.key(0))
-    hf.save_checkpoint(
+    config = decoder.DecoderConfig(16384, 512, 2048, 12, 4, 2, 128, dtype="bfloat16")
+    params = jax.jit(lambda key: decoder.init_params(config, key))(jax.random.key(0))
+    hugging_face.save_checkpoint(
         tmp_path, config, params, end_id=1, dtype="bfloat16", max_shard_bytes=40_000_000
     )
     largest = 16384 * 512 * 2
     out = subprocess.run(
         [sys.executable, "-c", _MEMORY, str(tmp_path)],
         env={**os.environ, "XLA_FLAGS": ""},
-        cwd=pathlib.Path(hf.__file__).parents[2],
+        cwd=pathlib.Path(hugging_face.__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
@@ -259,7 +262,7 @@ def test_published_config_is_the_preset(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_preset_has_the_published_number_of_parameters(name):
-    shapes = jax.tree.leaves(qwen3.abstract_params(PRESETS[name]))
+    shapes = jax.tree.leaves(decoder.abstract_params(PRESETS[name]))
     assert sum(x.size for x in shapes) == PARAMETERS[name]
     assert PRESETS[name].tie_word_embeddings == (name in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"))
 
@@ -378,7 +381,7 @@ def test_shape_that_does_not_divide(checkpoint):
 
 
 def test_resolves_a_folder_and_a_hub_name(tmp_path, monkeypatch):
-    assert hf.resolve_checkpoint(str(tmp_path)) == tmp_path
+    assert hugging_face.resolve_checkpoint(str(tmp_path)) == tmp_path
     asked = []
 
     def download(name, **options):
@@ -386,7 +389,7 @@ def test_resolves_a_folder_and_a_hub_name(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hf.resolve_checkpoint("Qwen/Qwen3-0.6B") == tmp_path
+    assert hugging_face.resolve_checkpoint("Qwen/Qwen3-0.6B") == tmp_path
     assert asked == ["Qwen/Qwen3-0.6B"]
 
 
@@ -398,11 +401,11 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch):
     with pytest.raises(
         UserError, match=r"Qwen/Qwen3-0\.6B: .*ConnectionError: no network.*HF_TOKEN"
     ):
-        hf.resolve_checkpoint("Qwen/Qwen3-0.6B")
+        hugging_face.resolve_checkpoint("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./a/b", "nowhere"])
 def test_missing_folder_is_not_looked_up_on_the_hub(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(UserError, match=r"there is no such folder$"):
-        hf.resolve_checkpoint(name)
+        hugging_face.resolve_checkpoint(name)

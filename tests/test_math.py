@@ -15,9 +15,9 @@ import pytest
 
 from lopd.config import MATH_PROMPT
 from lopd.errors import UserError
-from lopd.tasks import math as math_task
 from lopd.tasks import metrics
-from lopd.tasks.math import Grader, Verdict, boxed_answer, load_tests
+from lopd.tasks import prompts as math_task
+from lopd.tasks.prompts import Grader, Verdict, boxed_answer, load_tests
 
 PROBLEMS = str(pathlib.Path(__file__).parent / "data" / "aime_like.jsonl")
 HANGS = "9^{9^{9^{9}}}"
@@ -124,7 +124,7 @@ def test_an_answer_that_hangs_is_killed_and_wrong():
 
 
 def test_a_worker_without_parent_ends_too():
-    worker = pathlib.Path(math_task.__file__).with_name("math_worker.py")
+    worker = pathlib.Path(math_task.__file__).with_name("math_verify_worker.py")
     process = subprocess.Popen(
         [sys.executable, "-P", worker, "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     )

@@ -11,11 +11,12 @@ import torch
 import transformers
 from conftest import TIED, random_params
 
+from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
-from lopd.models import hf, inference, qwen3
+from lopd.models import decoder, inference
 from lopd.models.kv_cache import empty_cache
+from lopd.models.token_scores import token_scores
 from lopd.sampling.engine import Request, Sampling, generate
-from lopd.scoring import token_scores
 
 UNTIED = dataclasses.replace(
     TIED, tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=1, rope_theta=5e6
@@ -31,7 +32,7 @@ MOE = dataclasses.replace(
 )
 CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
 
-forward = jax.jit(qwen3.forward, static_argnums=0, static_argnames="remat")
+forward = jax.jit(decoder.forward, static_argnums=0, static_argnames="remat")
 
 
 def inputs(config, batch, length, seed=0):
@@ -49,7 +50,7 @@ def logprobs_of(logits, tokens):
 def our_logprobs(config, params, tokens, positions, segments):
     """Our hidden states [B, T, D], and the log-probabilities of the next tokens [B, T - 1]."""
     hidden, _ = forward(config, params, tokens, positions, segments)
-    scores = token_scores(hidden[:, :-1], qwen3.output_head(params), tokens[:, 1:])
+    scores = token_scores(hidden[:, :-1], decoder.output_head(params), tokens[:, 1:])
     return hidden, np.asarray(scores.logprobs)
 
 
@@ -63,7 +64,7 @@ def twin(request, tmp_path_factory):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config, seed=1))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     path = tmp_path_factory.mktemp(request.param)
-    hf.save_checkpoint(path, config, params, end_id=1)
+    hugging_face.save_checkpoint(path, config, params, end_id=1)
     return types.SimpleNamespace(config=config, params=params, path=path)
 
 
@@ -75,7 +76,7 @@ def test_equals_transformers(twin):
     """The exported checkpoint, loaded by Transformers, gives the same states and logits."""
     tokens, positions, segments = inputs(twin.config, 3, 40)
     hidden, logprobs = our_logprobs(twin.config, twin.params, tokens, positions, segments)
-    logits = hidden @ qwen3.output_head(twin.params).T
+    logits = hidden @ decoder.output_head(twin.params).T
     with torch.no_grad():
         out = transformers_model(twin.path)(
             torch.tensor(np.asarray(tokens)), output_hidden_states=True
@@ -183,7 +184,7 @@ def test_decoding_with_a_cache_equals_the_plain_forward(config, params, length, 
     cache = jax.tree.map(lambda x: x + 1e3, empty_cache(config, batch, length + 3))
     width = int(prefill.max())
     prefill_segments = (np.arange(width) < prefill[:, None]).astype(np.int32)
-    prefix = qwen3.prefill(config, decode_params, tokens[:, :width], prefill_segments)
+    prefix = decoder.prefill(config, decode_params, tokens[:, :width], prefill_segments)
     cache = cache.insert(prefix, np.arange(batch))
     at = prefill.copy()
     rows = np.arange(batch)

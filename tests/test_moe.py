@@ -9,15 +9,17 @@ from conftest import random_params
 from test_model import MOE, inputs, logprobs_of, transformers_model
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from lopd import parallel
+from lopd.checkpoints import hugging_face
 from lopd.data.batches import micro_batches
-from lopd.models import hf, moe, qwen3
-from lopd.objectives import cross_entropy
-from lopd.scoring import token_scores
+from lopd.machine import devices
+from lopd.models import decoder, moe
+from lopd.models.shardings import check_divisible, param_shardings
+from lopd.models.token_scores import token_scores
+from lopd.objectives.sampled import cross_entropy
 from lopd.training.step import batch_gradients
 
 forward_with_router_loss = jax.jit(
-    qwen3.forward_with_router_loss, static_argnums=0, static_argnames="remat"
+    decoder.forward_with_router_loss, static_argnums=0, static_argnames="remat"
 )
 
 
@@ -30,7 +32,7 @@ def params():
 def reference(params, tmp_path_factory):
     """The same model in Transformers."""
     path = tmp_path_factory.mktemp("moe_reference")
-    hf.save_checkpoint(path, MOE, params, end_id=1)
+    hugging_face.save_checkpoint(path, MOE, params, end_id=1)
     return transformers_model(path)
 
 
@@ -67,7 +69,7 @@ def test_gradients_equal_transformers(params, reference):
     @jax.jit
     @jax.grad
     def gradient(params):
-        hidden, router_loss = qwen3.forward_with_router_loss(
+        hidden, router_loss = decoder.forward_with_router_loss(
             MOE, params, tokens, positions, segments, remat="full"
         )
         scores = token_scores(hidden[:, :-1], params["lm_head"], tokens[:, 1:])
@@ -127,9 +129,9 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(params):
 
 
 def test_experts_are_sharded_over_fsdp_and_tensor():
-    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    parallel.check_divisible(MOE, mesh, "moe")
-    specs = jax.tree.map(lambda s: s.spec, parallel.param_shardings(MOE, mesh))["layers"]["mlp"]
+    mesh = devices.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    check_divisible(MOE, mesh, "moe")
+    specs = jax.tree.map(lambda s: s.spec, param_shardings(MOE, mesh))["layers"]["mlp"]
     assert specs["up"] == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
     assert specs["down"] == jax.sharding.PartitionSpec(None, None, "tensor", "fsdp")
 

@@ -10,21 +10,13 @@ from conftest import random_records
 from lopd.config import base_config
 from lopd.data.batches import micro_batches
 from lopd.data.packing import TokenField
+from lopd.data.selection import TokenSelection, token_weights
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
-from lopd.objectives import (
-    TokenSelection,
-    check_settings,
-    cross_entropy,
-    huber,
-    lightning_opd,
-    make_objective,
-    token_fields,
-    token_selection,
-    token_weights,
-)
-from lopd.objectives.weights import highest_entropy, train_highest_entropy
-from lopd.scoring import score_logits
+from lopd.models.token_scores import score_logits
+from lopd.objectives.sampled import cross_entropy, huber, lightning_opd
+from lopd.objectives.token_weights import highest_entropy, train_highest_entropy
+from lopd.stages.objective import check_settings, make_objective, token_fields, token_selection
 from lopd.training.step import batch_gradients
 
 LENGTHS = [(3, 9), (1, 4), (6, 20), (2, 1), (5, 13), (4, 8), (2, 30), (3, 3)]
@@ -395,7 +387,7 @@ def test_loss_does_not_depend_on_packing_or_micro_batches(config, params, reduct
 
 def test_loss_equals_float64_by_hand(config, params, one_device_mesh):
     """The reduced loss of a packed batch, from unpacked log-probabilities in NumPy."""
-    from lopd.scoring import score_responses
+    from lopd.rollouts.scoring import score_responses
 
     records = random_records(config, LENGTHS, **dict.fromkeys(FIELDS))
     _, metrics = gradients(

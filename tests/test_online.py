@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from tiny_run import interrupt, run, tiny_config
 
-from lopd import parallel, pipeline, shutdown
-from lopd.artefact import Artefact
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
 from lopd.data.batches import micro_batches, put_batch, step_batches
 from lopd.errors import UserError
-from lopd.objectives import make_objective
-from lopd.scoring import score_responses
+from lopd.machine import devices, processes, shutdown
+from lopd.rollouts.scoring import score_responses
 from lopd.stages import common, online, opd
+from lopd.stages.objective import make_objective
+from lopd.stages.run import Context
 from lopd.training.step import batch_gradients
 
 SMALL = {
@@ -41,7 +42,7 @@ def models(tiny_models):
 def context(models, workdir, **changes) -> Context:
     given = {"teacher__checkpoint": f"{models}/teacher", "sft__checkpoint": f"{models}/sft"}
     config = tiny_config(**given, **SMALL, **changes)
-    return Context(config, workdir, parallel.make_mesh(config.mesh.to_dict()))
+    return Context(config, workdir, devices.make_mesh(config.mesh.to_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_stopped_while_it_samples_and_continued_is_bit_identical(
             raise shutdown.Stopped
 
     with monkeypatch.context() as patch, pytest.raises(shutdown.Stopped):
-        patch.setattr(parallel.StopVote, "check", check)
+        patch.setattr(processes.StopVote, "check", check)
         run(models, tmp_path, "online", **SMALL)
     rows = (tmp_path / "online" / "metrics.jsonl").read_text().splitlines()
     assert 1 <= len(rows) < 8

@@ -25,10 +25,11 @@ from mesh_measurements import (
     mesh_of,
 )
 
-from lopd import parallel, shutdown
 from lopd.errors import UserError
-from lopd.models import qwen3
-from lopd.models.sharding import on_mesh
+from lopd.machine import devices, processes, sharding, shutdown
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder
+from lopd.models.shardings import check_divisible, param_shardings
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MESHES = [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)]
@@ -75,10 +76,10 @@ def test_router_loss_is_that_of_all_tokens():
 
         def loss(params, *rows, mesh=mesh):
             with on_mesh(mesh):
-                return qwen3.forward_with_router_loss(MOE, params, *rows)[1]
+                return decoder.forward_with_router_loss(MOE, params, *rows)[1]
 
-        params = jax.device_put(host_params("moe"), parallel.param_shardings(MOE, mesh))
-        found.append(jax.jit(loss)(params, *jax.device_put(rows, parallel.rows_sharding(mesh))))
+        params = jax.device_put(host_params("moe"), param_shardings(MOE, mesh))
+        found.append(jax.jit(loss)(params, *jax.device_put(rows, devices.rows_sharding(mesh))))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
@@ -107,7 +108,7 @@ def test_weights_are_gathered_and_tokens_are_not(kind):
             assert rows <= (4 if embedding or scores else 2), (name, shape)
 
 
-def processes(script: list[str], count: int, devices: int, **variables) -> list:
+def run_processes(script: list[str], count: int, devices: int, **variables) -> list:
     """Starts a Python program in several processes that find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,7 +135,7 @@ def processes(script: list[str], count: int, devices: int, **variables) -> list:
 def test_two_processes_of_four_devices_measure_the_same(tmp_path):
     """Loss, gradients and log-probs of 2×2×2 in two real processes, against one device."""
     script = [str(REPOSITORY / "tests/mesh_measurements.py"), str(tmp_path / "found"), "2,2,2"]
-    for process in processes(script, count=2, devices=4):
+    for process in run_processes(script, count=2, devices=4):
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
     found = dict(np.load(tmp_path / "found.npz"))
@@ -148,8 +149,8 @@ def test_two_processes_of_four_devices_measure_the_same(tmp_path):
 @pytest.mark.parametrize("index", [0, 1])
 def test_processes_that_do_not_meet_are_one_line(index):
     """The first process without the second, and the second without the first."""
-    script = ["-c", "from lopd import parallel; parallel.initialize(timeout=2)"]
-    (process,) = processes(script, count=1, devices=1, JAX_PROCESS_ID=str(index))
+    script = ["-c", "from lopd.machine import processes; processes.initialize(timeout=2)"]
+    (process,) = run_processes(script, count=1, devices=1, JAX_PROCESS_ID=str(index))
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and errors.count("\n") == 1
     assert "lopd: error: not all processes met at 127.0.0.1:" in errors
@@ -163,7 +164,7 @@ def test_a_process_that_fails_alone_is_gone_at_once(tmp_path):
     script += "sys.argv[2] += ['/w', '/file/w'][int(os.environ['JAX_PROCESS_ID'])]; "
     script += "app.run(main.main, flags_parser=main.parse_flags)"
     command = ["-c", script, config, f"--workdir={tmp_path}", "--stages=teacher"]
-    first, second = processes(command, count=2, devices=1)
+    first, second = run_processes(command, count=2, devices=1)
     errors = second.communicate(timeout=60)[1]
     assert second.returncode == 2 and "cannot be written" in errors
     assert first.poll() is None
@@ -198,7 +199,7 @@ def test_start_up_finds_its_cluster(monkeypatch, variables, expected):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    parallel.initialize(timeout=5)
+    processes.initialize(timeout=5)
     assert len(started) == (expected is not None)
     if expected is not None:
         assert expected.items() <= started[0].items()
@@ -217,25 +218,25 @@ def test_start_up_variables_that_make_no_sense(monkeypatch, change, message):
     for name, value in (PLAIN | change).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        parallel.initialize()
+        processes.initialize()
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
 def test_mesh_that_does_not_fit_is_one_clear_error(sizes):
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        parallel.make_mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+        devices.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
 
 
 def test_model_that_does_not_divide_is_one_clear_error():
     narrow = dataclasses.replace(DENSE, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(UserError, match=r"heads=3, which mesh\.tensor=2 does not divide"):
-        parallel.check_divisible(narrow, mesh_of(1, 1, 2), "student.model")
+        check_divisible(narrow, mesh_of(1, 1, 2), "student.model")
 
 
-@pytest.mark.parametrize("ask", [parallel.check_stop, lambda: parallel.StopVote().check()])
+@pytest.mark.parametrize("ask", [processes.check_stop, lambda: processes.StopVote().check()])
 def test_a_stop_that_another_process_was_asked_for_counts_from_now(monkeypatch, ask):
     monkeypatch.setattr(shutdown, "_received", [])
-    monkeypatch.setattr(parallel, "any_process", lambda flag: True)
+    monkeypatch.setattr(processes, "any_process", lambda flag: True)
     with pytest.raises(shutdown.Stopped):
         ask()
     assert shutdown.requested() and 0 <= shutdown.seconds_since_request() < 10

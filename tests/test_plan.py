@@ -15,12 +15,13 @@ from conftest import TIED
 from configs import qwen3_4b, qwen3_8b
 from lopd import plan
 from lopd.errors import UserError
-from lopd.models import qwen3
+from lopd.hardware import CHIPS
+from lopd.models import decoder
+from lopd.models.flops import training_flops
 from lopd.models.presets import PRESETS
-from lopd.planner import costs, meshes
-from lopd.planner.chips import CHIPS, parse_topology
-from lopd.planner.recipe import list_programs
-from lopd.training.utilisation import training_flops
+from lopd.plan import costs, meshes
+from lopd.plan.recipe import list_programs
+from lopd.plan.topology import parse_topology
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,10 @@ def test_forward_flops_are_what_xla_counts():
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def logits(params, tokens, positions, segment_ids):
-        hidden, _ = qwen3.forward(config, params, tokens, positions, segment_ids)
-        return hidden @ qwen3.output_head(params).T
+        hidden, _ = decoder.forward(config, params, tokens, positions, segment_ids)
+        return hidden @ decoder.output_head(params).T
 
-    compiled = jax.jit(logits).lower(qwen3.abstract_params(config), ids, ids, ids).compile()
+    compiled = jax.jit(logits).lower(decoder.abstract_params(config), ids, ids, ids).compile()
     counted = compiled.cost_analysis()["flops"]
     assert counted == pytest.approx(costs.forward_flops(config, 2 * length, length), rel=0.1)
 

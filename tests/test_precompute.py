@@ -24,16 +24,18 @@ from test_model import transformers_model
 from tiny_run import REPOSITORY, SETTINGS, run, save_models, tiny_config
 
 from lopd import config as lopd_config
-from lopd import parallel, shutdown
-from lopd.artefact import Artefact
-from lopd.cache import merge, reader, schema, totals, writer
+from lopd.artefacts.artefact import Artefact
+from lopd.cache import merge, reader, totals, writer
+from lopd.cache.codec import shard_name
+from lopd.cache.fields import RESPONSE_FIELDS
 from lopd.cache.reader import Records
-from lopd.context import Context
+from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
-from lopd.models import hf
+from lopd.machine import devices, shutdown
 from lopd.sampling import decode, placement
 from lopd.sampling.engine import Request, Response, Sampling
 from lopd.stages import common, heldout, precompute, rollouts
+from lopd.stages.run import Context
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
 
     def slots(number, responses=None):
         config = tiny_config(runtime__slots=number)
-        ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+        ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
         params = random_params(ctx.model("student"), 0)
         section = config.precompute
         return common.sampler(ctx, "student", params, section, "", responses=responses).slots
@@ -116,12 +118,12 @@ def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
 def twins(models, tmp_path_factory):
     """The teacher and π_ref as Transformers reads what we export, in float64."""
     config, folder = tiny_config(), tmp_path_factory.mktemp("twins")
-    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
     found = {}
     for stage, which in (("teacher", "teacher"), ("sft", "student")):
         (folder / stage).mkdir()
         params = ctx.load_params(stage, which)
-        hf.save_checkpoint(folder / stage, ctx.model(which), params, end_id=1)
+        hugging_face.save_checkpoint(folder / stage, ctx.model(which), params, end_id=1)
         found[stage] = transformers_model(folder / stage, torch.float64)
     return found
 
@@ -206,7 +208,7 @@ def test_an_interrupted_merge_is_continued(models, whole, tmp_path, monkeypatch)
 
 def test_models_in_turns_make_the_same(models, whole, tmp_path, monkeypatch, capsys):
     """Too little memory for both: all sampling, then the teacher; also after a stop between."""
-    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1)
+    monkeypatch.setattr(devices, "device_memory", lambda mesh: 1)
     load, loaded = Context.load_params, []
 
     def failing(ctx, stage, which):
@@ -220,10 +222,10 @@ def test_models_in_turns_make_the_same(models, whole, tmp_path, monkeypatch, cap
         run(models, tmp_path, "precompute")
     assert "student and teacher would take" in capsys.readouterr().out
     waiting = reader.read_shard(
-        Artefact(tmp_path / "precompute" / precompute.SAMPLED), schema.shard_name(3, 5)
+        Artefact(tmp_path / "precompute" / precompute.SAMPLED), shard_name(3, 5)
     )
     assert "ref_logprobs" in waiting[0] and "teacher_logprobs" not in waiting[0]
-    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 2**40)  # goes on as it began
+    monkeypatch.setattr(devices, "device_memory", lambda mesh: 2**40)  # goes on as it began
     assert content(run(models, tmp_path, "precompute")) == content(whole)
     assert loaded == ["sft", "teacher", "teacher"]  # nothing was sampled again
     assert not (tmp_path / "precompute" / precompute.SAMPLED).exists()
@@ -250,7 +252,7 @@ def test_top_k_of_the_teacher(models, whole, tmp_path):
 def test_resident_bytes_counts_every_copy(models):
     config = tiny_config()
     sizes = {which: 0 for which in ("teacher", "student")}
-    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
     for which in sizes:
         leaves = jax.tree.leaves(random_params(ctx.model(which), 0))
         sizes[which] = sum(leaf.size for leaf in leaves)
@@ -275,14 +277,14 @@ def test_heldout_leaves_out_what_a_given_cache_holds(models, tmp_path):
     """A cache from elsewhere may hold any prompt: here, those that would be held out."""
     more = run(models, tmp_path, "precompute", precompute__prompts=46)
     config = tiny_config(opd__cache=str(more.path), sft__checkpoint=str(models / "sft"))
-    ctx = Context(config, tmp_path, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, tmp_path, devices.make_mesh(config.mesh.to_dict()))
     assert len(heldout.prompts(ctx)) == 6
 
 
 def test_all_prompts_means_all_but_the_held_out(models, monkeypatch):
     """`precompute.prompts=0`, as of a file of problems."""
     config = tiny_config(precompute__prompts=0)
-    ctx = Context(config, models, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
     every = list(ctx.task.problems("opd", 50, 0))
     monkeypatch.setattr(type(ctx.task), "problems", lambda *args: iter(every))
     train, held = precompute.opd_problems(ctx)
@@ -302,7 +304,7 @@ def test_heldout_must_be_of_the_reference_itself(setting, value):
 
 def test_changed_prompts_are_refused(models, tmp_path):
     config = tiny_config()
-    ctx = Context(config, tmp_path, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, tmp_path, devices.make_mesh(config.mesh.to_dict()))
     artefact = Artefact(tmp_path / "precompute")
     artefact.begin("precompute", {}, {})
     requests = [Request(i, 0, [3, 4, i]) for i in range(20)]
@@ -356,7 +358,7 @@ def job(models, tmp_path):
 
 def write(ctx, artefact, sample):
     plan = fake_plan(ctx, artefact)
-    rollouts.write_responses(artefact, plan, schema.RESPONSE_FIELDS, sample, store)
+    rollouts.write_responses(artefact, plan, RESPONSE_FIELDS, sample, store)
 
 
 def test_one_stream_fills_shards_in_any_order(job):
@@ -370,7 +372,7 @@ def test_one_stream_fills_shards_in_any_order(job):
     write(ctx, artefact, sample)
     assert streams == [24]
     names = [s["name"] for s in artefact.manifest["shards"]]
-    assert names == [schema.shard_name(i, 3) for i in range(3)]
+    assert names == [shard_name(i, 3) for i in range(3)]
     for i, name in enumerate(names):
         records = reader.read_shard(artefact, name)
         assert [int(r["prompt_id"]) for r in records] == list(range(8 * i, 8 * i + 8))
@@ -383,7 +385,7 @@ def test_shards_are_written_while_sampling_goes_on(job):
     def sample(requests):
         yield from (fake_response(i, requests[i]) for i in range(1, 24))
         deadline = time.monotonic() + 20
-        while not (artefact.path / schema.shard_name(2, 3)).exists():
+        while not (artefact.path / shard_name(2, 3)).exists():
             assert time.monotonic() < deadline, "nothing is written while the sampler works"
             time.sleep(0.01)
         yield fake_response(0, requests[0])
@@ -605,7 +607,7 @@ def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_p
     """/dev/full answers every write as a full disk does: of a shard, then of the manifest."""
     workdir = tmp_path / "w"
     (workdir / "precompute").mkdir(parents=True)
-    blocked = workdir / "precompute" / f"{schema.shard_name(1, 40)}.tmp"
+    blocked = workdir / "precompute" / f"{shard_name(1, 40)}.tmp"
     blocked.symlink_to("/dev/full")
     stopped_by_a_full_disk(start(models, workdir))
     blocked.unlink(missing_ok=True)

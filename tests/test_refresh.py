@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_run import interrupt, run
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache import __main__ as cache_main
 from lopd.cache.reader import Records
 from lopd.errors import UserError

@@ -15,13 +15,14 @@ from etils import epath
 from qwen3_tokenizer import qwen3_folder
 
 from lopd import pipeline
-from lopd.artefact import Artefact, open_complete
+from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.cache.__main__ import main
 from lopd.cache.reader import Records, verify_records
 from lopd.cache.released import import_released, read_released
+from lopd.checkpoints import hugging_face
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
-from lopd.models import hf, qwen3
+from lopd.models import decoder
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 END = 1  # of the tiny tokenizer
@@ -174,10 +175,12 @@ def test_what_cannot_be_imported_is_one_clear_error(tmp_path, tokenizer):
 def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
     """The command makes what `opd.cache` takes; log π_ref equals that of Transformers."""
     ctx_config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
-    model = qwen3.Qwen3Config(**ctx_config.student.model)
+    model = decoder.DecoderConfig(**ctx_config.student.model)
     student = tmp_path / "student"
     student.mkdir()
-    hf.save_checkpoint(epath.Path(student), model, random_params(model, 3), end_id=tokenizer.end_id)
+    hugging_face.save_checkpoint(
+        epath.Path(student), model, random_params(model, 3), end_id=tokenizer.end_id
+    )
     rows = [row(tokenizer, i, extra=[END]) for i in range(10)]
     rows[3]["metadata"]["loss_mask"][2] = 0
     settings = [

@@ -10,10 +10,11 @@ import chromium
 import numpy as np
 import pytest
 
-from lopd import pipeline, report, shutdown
-from lopd.artefact import FORMAT_VERSION, Artefact
+from lopd import pipeline, report
+from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
 from lopd.config import STAGES, base_config
 from lopd.errors import UserError
+from lopd.machine import shutdown
 from lopd.report import __main__ as report_main
 from lopd.report import panels, reading, texts
 from lopd.report.plots import smoothed

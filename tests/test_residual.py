@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from lopd import residual
 from lopd.errors import UserError
+from lopd.objectives import style_baseline
 
 FOLDS, VOCAB = 5, 12
 
@@ -35,7 +35,7 @@ def make_records(prompts=40, samples=2, seed=0, difference=None) -> list[dict]:
 
 def by_hand(records, record) -> list[float]:
     """b̂ of one record from the records of other folds, one token at a time."""
-    fold = lambda r: residual._fold(r, FOLDS)  # noqa: E731
+    fold = lambda r: style_baseline._fold(r, FOLDS)  # noqa: E731
     others = [r for r in records if fold(r) != fold(record)]
     tables = collections.defaultdict(lambda: [0.0, 0.0])
     length = sum(len(r["response_tokens"]) for r in others) / len(others)
@@ -45,7 +45,7 @@ def by_hand(records, record) -> list[float]:
         position = 0
         while 2 ** (position + 1) - 1 <= t:
             position += 1
-        surprisal = sum(-float(r["ref_logprobs"][t]) >= e for e in residual.SURPRISAL_EDGES)
+        surprisal = sum(-float(r["ref_logprobs"][t]) >= e for e in style_baseline.SURPRISAL_EDGES)
         return [("token", int(r["response_tokens"][t])), ("cell", position, surprisal)]
 
     for r in others:
@@ -59,7 +59,7 @@ def by_hand(records, record) -> list[float]:
 
     def mean(key):
         value, weight = tables[key]
-        prior = residual.PRIOR_TOKENS
+        prior = style_baseline.PRIOR_TOKENS
         return (value * length + prior * total) / (weight * length + prior)
 
     return [
@@ -69,7 +69,7 @@ def by_hand(records, record) -> list[float]:
 
 def test_baseline_equals_the_reckoning_by_hand():
     records = make_records()
-    fitted = residual.fit_baseline(iter(records), FOLDS, VOCAB)
+    fitted = style_baseline.fit_baseline(iter(records), FOLDS, VOCAB)
     for record in records[::7]:
         np.testing.assert_allclose(fitted.baseline(record), by_hand(records, record), atol=1e-12)
 
@@ -77,12 +77,12 @@ def test_baseline_equals_the_reckoning_by_hand():
 def test_a_baseline_never_uses_its_own_prompt():
     """Whatever the teacher says of any sample of a prompt, the prompt's b̂ stays, bit for bit."""
     records = make_records()
-    before = residual.fit_baseline(records, FOLDS, VOCAB)
+    before = style_baseline.fit_baseline(records, FOLDS, VOCAB)
     changed = [
         {**r, "teacher_logprobs": r["teacher_logprobs"] - 3} if r["prompt_id"] == 4 else r
         for r in records
     ]
-    after = residual.fit_baseline(changed, FOLDS, VOCAB)
+    after = style_baseline.fit_baseline(changed, FOLDS, VOCAB)
     own, other = (
         [r for r in records if (r["prompt_id"] == 4) == is_own] for is_own in (True, False)
     )
@@ -96,13 +96,13 @@ def test_a_baseline_never_uses_its_own_prompt():
 def test_style_is_taken_out():
     """A constant offset goes whole; one per token id by the half that its table stands for."""
     constant = make_records(difference=lambda ids: np.full(len(ids), -0.7))
-    fitted = residual.fit_baseline(constant, FOLDS, VOCAB)
+    fitted = style_baseline.fit_baseline(constant, FOLDS, VOCAB)
     for record in constant[:10]:
         left = fitted.residualise(record)["target_logprobs"] - record["ref_logprobs"]
         np.testing.assert_allclose(left, 0, atol=1e-6)
     offsets = np.random.default_rng(1).normal(size=VOCAB)
     styled = make_records(prompts=3000, difference=lambda ids: offsets[ids])
-    fitted = residual.fit_baseline(styled, FOLDS, VOCAB)
+    fitted = style_baseline.fit_baseline(styled, FOLDS, VOCAB)
     left = np.concatenate([
         fitted.residualise(r)["target_logprobs"].astype(np.float64) - r["ref_logprobs"]
         for r in styled
@@ -114,10 +114,10 @@ def test_style_is_taken_out():
 
 def test_samples_of_a_prompt_share_a_fold_and_all_folds_are_used():
     records = make_records()
-    folds = {(r["prompt_id"], residual._fold(r, FOLDS)) for r in records}
+    folds = {(r["prompt_id"], style_baseline._fold(r, FOLDS)) for r in records}
     assert len(folds) == 40 and {fold for _, fold in folds} == {*range(FOLDS)}
 
 
 def test_one_prompt_is_one_clear_error():
     with pytest.raises(UserError, match="residual_folds=5"):
-        residual.fit_baseline(make_records(prompts=1), FOLDS, VOCAB)
+        style_baseline.fit_baseline(make_records(prompts=1), FOLDS, VOCAB)

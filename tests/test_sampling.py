@@ -14,15 +14,17 @@ import transformers
 from conftest import TIED, random_params, random_records
 from test_scoring import bigram_model
 
-from lopd import parallel
+from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
-from lopd.models import hf, inference, presets, qwen3
+from lopd.machine import devices, sharding
+from lopd.models import decoder, inference, presets
 from lopd.models.decode_attention import CHUNK, block_rows
-from lopd.objectives import huber
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import huber
+from lopd.rollouts.scoring import score_responses
 from lopd.sampling import placement
 from lopd.sampling.draw import Truncation, draw, truncate
 from lopd.sampling.engine import Request, Sampling, Stats, generate
-from lopd.scoring import score_responses
 
 END = 1
 
@@ -42,7 +44,7 @@ def ragged_requests(config, count, seed=0):
 
 
 def test_greedy_equals_transformers_generate(config, params, tmp_path):
-    hf.save_checkpoint(tmp_path, config, params, end_id=END)
+    hugging_face.save_checkpoint(tmp_path, config, params, end_id=END)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     requests = ragged_requests(config, 5)
     responses = run(config, params, requests, Sampling(0.0, 40, 0, (END,)), slots=2)
@@ -169,8 +171,8 @@ def test_fresh_responses_weigh_one_and_give_the_gradient_of_any_others(config, p
     def logprobs(params, tokens):
         """[R, T] of each token but the first, given those before it."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = qwen3.forward(config, params, tokens, positions, jnp.ones_like(tokens))
-        logits = jnp.einsum("btd,vd->btv", hidden[:, :-1], qwen3.output_head(params))
+        hidden, _ = decoder.forward(config, params, tokens, positions, jnp.ones_like(tokens))
+        logits = jnp.einsum("btd,vd->btv", hidden[:, :-1], decoder.output_head(params))
         of_next = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)
         return jnp.pad(of_next[..., 0], ((0, 0), (1, 0)))
 
@@ -253,13 +255,13 @@ def test_a_mesh_gives_the_same_responses():
     sampling = Sampling(1.0, 24, 3, (END,))
     expected = run(config, params, requests, sampling)
     for sizes, exact in (((2, 1, 1), True), ((1, 2, 2), False)):
-        trained_on = parallel.make_mesh(
-            dict(zip(parallel.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
+        trained_on = devices.make_mesh(
+            dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
         )
         mesh = placement.sampling_mesh(config, trained_on)
         assert tuple(mesh.shape.values()) == ((2, 1, 1) if exact else (2, 1, 2))
-        shardings = parallel.param_shardings(config, mesh)
-        spread = jax.device_put(params, parallel.param_shardings(config, trained_on))
+        shardings = param_shardings(config, mesh)
+        spread = jax.device_put(params, param_shardings(config, trained_on))
         spread = inference.inference_params(config, spread, shardings)
         options = dict(slots=20, capacity=64, decode_steps=5, mesh=mesh)
         found = list(generate(config, spread, requests, sampling, **options))
@@ -328,7 +330,7 @@ def test_samples_of_a_prompt_differ_and_follow_the_seed(config, params):
 
 def test_logprobs_equal_transformers_in_float64(config, params, tmp_path):
     """Both kinds, of every token of whole responses, to 1e-4."""
-    hf.save_checkpoint(tmp_path, config, params, end_id=END)
+    hugging_face.save_checkpoint(tmp_path, config, params, end_id=END)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     truncation = Truncation(top_k=20, top_p=0.9, min_p=0.01)
     sampling = Sampling(0.7, 30, 1, (END,), truncation)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import TIED, random_records
 
-from lopd import parallel, scoring
 from lopd.config import training_recipe
-from lopd.models import qwen3
-from lopd.models.sharding import on_mesh
-from lopd.objectives import lightning_opd
-from lopd.planner import programs
+from lopd.machine import devices
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder, token_scores
+from lopd.objectives.sampled import lightning_opd
+from lopd.plan import programs
+from lopd.rollouts.scoring import score_responses
 
 
 def float64_scores(hidden, head, targets):
@@ -47,7 +48,7 @@ def other_ids(targets, vocab, k=5):
 
 def set_chunk(monkeypatch, tokens, vocab=23):
     """Lets so many tokens over all rows share a chunk."""
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * vocab * tokens)
+    monkeypatch.setattr(token_scores, "CHUNK_BYTES", 4 * vocab * tokens)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 2048])
@@ -55,7 +56,7 @@ def test_scores_equal_float64(monkeypatch, chunk_tokens):
     set_chunk(monkeypatch, chunk_tokens)
     hidden, head, targets = problem()
     ids = other_ids(targets, 23)
-    scores = scoring.token_scores(*map(jnp.asarray, (hidden, head, targets)), at_ids_BTK=ids)
+    scores = token_scores.token_scores(*map(jnp.asarray, (hidden, head, targets)), at_ids_BTK=ids)
     logprobs, lse, entropy, mean = float64_scores(hidden, head, targets)
     for i in range(ids.shape[-1]):
         expected = float64_scores(hidden, head, ids[..., i])[0]
@@ -75,7 +76,7 @@ def check_gradients_equal_float64(mesh=None, at_ids=True, **shape):
 
     def ours(hidden, head):
         with on_mesh(mesh) if mesh else contextlib.nullcontext():
-            s = scoring.token_scores(hidden, head, jnp.asarray(targets), at_ids_BTK=ids)
+            s = token_scores.token_scores(hidden, head, jnp.asarray(targets), at_ids_BTK=ids)
         parts = list(zip(weights, (s.logprobs, s.logsumexp, s.mean_logprob), strict=True))
         parts += [(at_weights, s.logprobs_at)] if at_ids else []
         return sum(jnp.sum(jnp.asarray(w, jnp.float32) * x) for w, x in parts)
@@ -90,7 +91,7 @@ def check_gradients_equal_float64(mesh=None, at_ids=True, **shape):
     parts += [(at_weights, logp.gather(-1, torch.tensor(ids, dtype=torch.int64)))] if at_ids else []
     expected = sum((torch.tensor(c) * x).sum() for c, x in parts)
     expected.backward()
-    place = lambda x: jax.device_put(x, parallel.replicated(mesh)) if mesh else jnp.asarray(x)  # noqa: E731
+    place = lambda x: jax.device_put(x, devices.replicated(mesh)) if mesh else jnp.asarray(x)  # noqa: E731
     gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
     value, (d_hidden, d_head) = gradients(place(hidden), place(head))
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
@@ -106,7 +107,7 @@ def test_gradients_equal_float64_autodiff(monkeypatch, chunk_tokens, at_ids):
 
 def mesh_of(data, fsdp, tensor):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return devices.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +130,9 @@ def test_top_k_equals_a_full_sort(monkeypatch, mesh):
     @jax.jit
     def score(*args):
         with on_mesh(mesh):
-            return scoring.token_scores(*args, top_k=7)
+            return token_scores.token_scores(*args, top_k=7)
 
-    scores = score(*jax.device_put((hidden, head, targets), parallel.replicated(mesh)))
+    scores = score(*jax.device_put((hidden, head, targets), devices.replicated(mesh)))
     logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
     ids = np.argsort(-logits, axis=-1)[..., :7]
     _, lse, entropy, _ = float64_scores(hidden, head, targets)
@@ -152,7 +153,7 @@ def test_compiled_step_has_no_array_of_rows_by_length_by_vocabulary(monkeypatch,
     """The whole OPD step: nothing in it is larger than a chunk, which is far from all logits of
     one device; and on a mesh no device holds the whole head."""
     rows, length, vocab = 4, 512, 30_000
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 128 * vocab)
+    monkeypatch.setattr(token_scores, "CHUNK_BYTES", 4 * 128 * vocab)
     config = dataclasses.replace(
         TIED,
         vocab_size=vocab,
@@ -181,7 +182,7 @@ def test_compiled_step_has_no_array_of_rows_by_length_by_vocabulary(monkeypatch,
 def bigram_model():
     """A Qwen3 whose next-token distribution is a known function of the current token alone."""
     config = dataclasses.replace(TIED, tie_word_embeddings=False)
-    params = qwen3.init_params(config, jax.random.key(3))
+    params = decoder.init_params(config, jax.random.key(3))
     layers = params["layers"]
     layers["attention"]["o"] = jnp.zeros_like(layers["attention"]["o"])
     layers["mlp"]["down"] = jnp.zeros_like(layers["mlp"]["down"])
@@ -198,7 +199,7 @@ def test_off_by_one_would_show(one_device_mesh, row_length):
     config, params, table = bigram_model()
     lengths = [(1, 1), (3, 9), (9, 1), (2, 14), (5, 5), (1, 7), (4, 12)]
     records = random_records(config, lengths)
-    scores = scoring.score_responses(
+    scores = score_responses(
         config, params, records, mesh=one_device_mesh, row_length=row_length, rows_per_micro=2
     )
     for record, found in zip(records, scores, strict=True):

@@ -7,10 +7,11 @@ import pytest
 from etils import epath
 from tiny_run import tiny_config
 
-from lopd import pipeline, storage
-from lopd.artefact import Artefact
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
+from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
-from lopd.models import hf
+from lopd.machine import storage
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,9 @@ def test_a_bucket_needs_gcsfs(monkeypatch):
 def test_checkpoints_in_a_bucket_are_refused_wherever_they_are_named(monkeypatch):
     monkeypatch.setattr(storage, "_open_bucket", lambda bucket: None)
     with pytest.raises(UserError, match=r"gs://b/model: safetensors are read from a local folder"):
-        hf.resolve_checkpoint("gs://b/model")
+        hugging_face.resolve_checkpoint("gs://b/model")
     with pytest.raises(UserError, match=r"s3://b/model: this kind of URL"):
-        hf.resolve_checkpoint("s3://b/model")
+        hugging_face.resolve_checkpoint("s3://b/model")
 
 
 @pytest.mark.parametrize("which", ["student", "sft"])

@@ -13,9 +13,9 @@ import pytest
 import scipy.stats
 import small_study
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.errors import UserError
-from lopd.storage import absolute
+from lopd.machine.storage import absolute
 from lopd.study import Arm, run, table
 from lopd.study.store import Store, locked
 from lopd.study.write import write
@@ -144,7 +144,7 @@ def test_an_arm_that_cannot_be_made_is_refused_before_work(
 def test_a_lock_ends_with_its_process(tmp_path):
     path = absolute(tmp_path / "lock")
     code = (
-        "import sys, time; from lopd.storage import absolute; from lopd.study.store import "
+        "import sys, time; from lopd.machine.storage import absolute; from lopd.study.store import "
         "locked\nwith locked(absolute(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -23,16 +23,18 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 from training_run import CONFIG, batches, mesh_of
 
-from lopd import parallel, progress, shutdown, storage
-from lopd.artefact import Artefact
-from lopd.cache import reader, schema, writer
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.cache import reader, writer
+from lopd.cache.fields import SCORED_FIELDS
 from lopd.cache.reader import Records
+from lopd.checkpoints import orbax
 from lopd.config import base_config, training_recipe
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
-from lopd.objectives import cross_entropy, lightning_opd
+from lopd.machine import processes, progress, shutdown, storage
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import cross_entropy, lightning_opd
 from lopd.report import write_report
-from lopd.training import checkpoints
 from lopd.training.state import (
     abstract_state,
     create_state,
@@ -46,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def sharded(params, mesh):
-    return jax.device_put(params, parallel.param_shardings(CONFIG, mesh))
+    return jax.device_put(params, param_shardings(CONFIG, mesh))
 
 
 def test_moments_lie_where_their_parameter_lies():
@@ -137,8 +139,8 @@ def abstract():
 def restore(path):
     """(step, state) of the newest checkpoint of a run that can be read."""
     identity = {"settings": {}, "inputs": {}}
-    with checkpoints.open_manager(epath.Path(path) / "checkpoints") as manager:
-        return checkpoints.restore_newest(manager, abstract(), identity)
+    with orbax.open_manager(epath.Path(path) / "checkpoints") as manager:
+        return orbax.restore_newest(manager, abstract(), identity)
 
 
 def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, capsys):
@@ -174,7 +176,7 @@ def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, caps
 @pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/array_metadatas/process_0", ""])
 def test_what_cannot_be_read_now_is_no_damage(whole, tmp_path, monkeypatch, name):
     """A file that the system refuses to open (a loop of links): it may be sound."""
-    monkeypatch.setattr(checkpoints, "_PAUSES", ())
+    monkeypatch.setattr(orbax, "_PAUSES", ())
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "6"
     path = newest / name if name else largest_file(newest)
@@ -214,7 +216,7 @@ def around(error):
 def test_errors_that_are_no_damage(whole, tmp_path, monkeypatch, capsys, error):
     """They are one line if they stay, and got over if they pass; nothing is deleted."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(checkpoints, "_PAUSES", (0, 0))
+    monkeypatch.setattr(orbax, "_PAUSES", (0, 0))
     failures, real = [error] * 3, ocp.CheckpointManager.restore
 
     def failing(*args, **kwargs):
@@ -235,8 +237,8 @@ def test_other_bits_in_a_sound_file_are_damage(tmp_path):
     """A checkpoint that reads well but is not what was saved: the fingerprints' work."""
     mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(training_recipe())
     state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
-    with checkpoints.open_manager(epath.Path(tmp_path)) as manager:
-        checkpoints.save_state(manager, 1, state, {"opd": {"tau": 1}})
+    with orbax.open_manager(epath.Path(tmp_path)) as manager:
+        orbax.save_state(manager, 1, state, {"opd": {"tau": 1}})
         manager.wait_until_finished()
         path = tmp_path / "1" / "metadata" / "metadata"
         text = path.read_text()
@@ -245,20 +247,20 @@ def test_other_bits_in_a_sound_file_are_damage(tmp_path):
         other = {**metadata, "content": metadata["content"][::-1]}
         for changed in (
             text.replace('"tau": 1', '"tau": 3'),
-            json.dumps(other | {"checksum": checkpoints._checksum(other)}),
+            json.dumps(other | {"checksum": orbax._checksum(other)}),
         ):
             path.write_text(changed)
             with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
-                checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
+                orbax.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
         path.write_text(text)
-        step, restored = checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
+        step, restored = orbax.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
         assert step == 1 and params_fingerprint(restored) == params_fingerprint(state)
         with pytest.raises(UserError, match=r"settings \(opd.tau: 1 → 3"):
-            checkpoints.restore_newest(manager, abstract(), {"opd": {"tau": 3}})
+            orbax.restore_newest(manager, abstract(), {"opd": {"tau": 3}})
 
 
 def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
-    on_disk, saved, save = {}, {}, checkpoints.save_state
+    on_disk, saved, save = {}, {}, orbax.save_state
 
     def count_rows(growing):
         if growing.path.suffix == ".jsonl":
@@ -269,7 +271,7 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
         save(manager, step, *rest)
 
     monkeypatch.setattr(storage.Growing, "sync", count_rows)
-    monkeypatch.setattr(checkpoints, "save_state", note_and_save)
+    monkeypatch.setattr(orbax, "save_state", note_and_save)
     run_training(tmp_path)
     rows = {step: {"metrics.jsonl": step, "drift.jsonl": 0} for step in (3, 6)}
     assert saved == rows
@@ -286,7 +288,7 @@ def test_a_stop_stays_a_stop_when_metrics_cannot_be_closed(tmp_path, monkeypatch
 
     monkeypatch.setattr(progress.MetricsFile, "close", failing)
     with monkeypatch.context() as patch, pytest.raises(shutdown.Stopped):
-        patch.setattr(parallel.StopVote, "agreed", lambda self: True)
+        patch.setattr(processes.StopVote, "agreed", lambda self: True)
         run_training(tmp_path)
     assert len(closed) == 2
     assert "metrics are not closed (the bucket is away)" in capsys.readouterr().err
@@ -301,7 +303,7 @@ def test_keeps_the_newest_and_every_so_many(tmp_path):
 
 def with_free(monkeypatch, path, size):
     free = shutil.disk_usage(path)._replace(free=size)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(orbax.shutil, "disk_usage", lambda _: free)
 
 
 def test_no_room_for_checkpoints_is_known_before_the_first_step(tmp_path, monkeypatch):
@@ -337,17 +339,17 @@ def test_room_that_a_training_needs(
     runtime.update(checkpoint_every=every, keep_checkpoints=keep, keep_every=keep_every)
     needed = room[0] * size + room[1] * weights
     with_free(monkeypatch, tmp_path, needed)
-    checkpoints.check_room(directory, state, steps, runtime)
+    orbax.check_room(directory, state, steps, runtime)
     with_free(monkeypatch, tmp_path, needed - 1)
     with pytest.raises(UserError, match=rf"{len(found)} are there"):
-        checkpoints.check_room(directory, state, steps, runtime)
+        orbax.check_room(directory, state, steps, runtime)
 
 
 def fill_up_and_go_on(path, out):
     """On a file system of 2 MB: saves until it is full, and goes on once there is more room."""
     path = pathlib.Path(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "check_room", lambda *_: None)
+        patch.setattr(orbax, "check_room", lambda *_: None)
         with pytest.raises(OSError) as raised:
             run_training(path, keep_checkpoints=9, checkpoint_every=1)
         assert raised.value.errno == errno.ENOSPC
@@ -418,8 +420,8 @@ def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch, held):
     cache = Artefact(tmp_path / "cache")
     cache.begin("precompute", {}, {})
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "check_record", lambda *_: None)
-        writer.write_shard(cache, schema.SCORED_FIELDS, 0, 1, source, {})
+        patch.setattr(writer, "check_record", lambda *_: None)
+        writer.write_shard(cache, SCORED_FIELDS, 0, 1, source, {})
     writer.write_metadata(cache)
     who = r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
     if held:
@@ -478,8 +480,8 @@ def test_fingerprint_sees_one_bit_and_no_sharding():
 
 def test_saved_weights_come_back_on_another_mesh(tmp_path):
     params = random_params(CONFIG, 2)
-    checkpoints.save_params(tmp_path / "params", sharded(params, mesh_of(1, 1, 1)))
-    loaded = checkpoints.load_params(tmp_path / "params", CONFIG, mesh_of(2, 2, 2))
+    orbax.save_params(tmp_path / "params", sharded(params, mesh_of(1, 1, 1)))
+    loaded = orbax.load_params(tmp_path / "params", CONFIG, mesh_of(2, 2, 2))
     assert params_fingerprint(loaded) == params_fingerprint(params)
     assert loaded["layers"]["mlp"]["up"].sharding.spec == P(None, "fsdp", "tensor")
 

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from lopd import parallel, pipeline
-from lopd.artefact import Artefact
-from lopd.cache import schema, totals, writer
-from lopd.context import PARAMS, Context
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.cache import totals, writer
+from lopd.cache.fields import SCORED_FIELDS, top_k_fields
+from lopd.checkpoints import orbax
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
-from lopd.training import checkpoints
+from lopd.machine import devices
+from lopd.models.shardings import param_shardings
+from lopd.stages.run import PARAMS, Context
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 VOCAB, STORED_K, RECORDS = 21, 8, 24
@@ -61,7 +64,7 @@ def make_records(seed: int, count: int) -> list[dict]:
 def write_cache(path, records, sft: str, tokenizer: str, top_k: int = STORED_K) -> None:
     artefact = Artefact(path)
     artefact.begin(path.name, {"tokenizer": tokenizer}, {})
-    fields = schema.SCORED_FIELDS | schema.top_k_fields(top_k)
+    fields = SCORED_FIELDS | top_k_fields(top_k)
     records = [{name: r[name] for name in fields} for r in records]
     counted = totals.of_responses(records) | totals.of_scores(records)
     writer.write_shard(artefact, fields, 0, 1, records, counted)
@@ -76,29 +79,26 @@ def made(tmp_path_factory, one_device_mesh):
     All on one device, for which programs compile in a fraction of the time.
     """
     patch = pytest.MonkeyPatch()
-    patch.setattr(parallel, "make_mesh", lambda sizes: one_device_mesh)
+    patch.setattr(devices, "make_mesh", lambda sizes: one_device_mesh)
     yield write_artefacts(tmp_path_factory)
     patch.undo()
 
 
 def write_artefacts(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("made"), tiny_config()
-    ctx = Context(config, folder, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, folder, devices.make_mesh(config.mesh.to_dict()))
     model = ctx.model("student")
-    params = jax.device_put(random_params(model, 0), parallel.param_shardings(model, ctx.mesh))
+    params = jax.device_put(random_params(model, 0), param_shardings(model, ctx.mesh))
     artefact = Artefact(folder / "sft")
     artefact.begin("sft", {}, {})
-    checkpoints.save_params(artefact.path / PARAMS, params)
+    orbax.save_params(artefact.path / PARAMS, params)
     sft = params_fingerprint(params)
     artefact.finish({"model": dataclasses.asdict(model), "fingerprint": sft, "teacher": "t"})
     tokenizer = ctx.tokenizer.fingerprint
     write_cache(folder / "precompute", make_records(1, RECORDS), sft, tokenizer)
     write_cache(folder / "plain", make_records(1, RECORDS), sft, tokenizer, top_k=0)
     write_cache(folder / "heldout", make_records(2, 8), sft, tokenizer)
-    few = [
-        {**r, **{name: r[name][:, :4] for name in schema.top_k_fields(4)}}
-        for r in make_records(2, 8)
-    ]
+    few = [{**r, **{name: r[name][:, :4] for name in top_k_fields(4)}} for r in make_records(2, 8)]
     write_cache(folder / "few", few, sft, tokenizer, top_k=4)
     return folder
 

@@ -18,11 +18,13 @@ import jax
 import pytest
 from conftest import random_params
 
-from lopd import parallel, pipeline
-from lopd.artefact import Artefact
-from lopd.context import PARAMS, Context
-from lopd.fingerprint import params_fingerprint
-from lopd.training import checkpoints
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.checkpoints import orbax
+from lopd.machine import devices
+from lopd.models.shardings import param_shardings
+from lopd.stages.run import PARAMS, Context
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 SETTINGS = {
@@ -35,8 +37,8 @@ SETTINGS = {
 
 def use_one_device(patch) -> None:
     """Runs that this process starts use one device of those there are."""
-    make, first = parallel.make_mesh, jax.devices()[:1]
-    patch.setattr(parallel, "make_mesh", lambda sizes, devices=None: make(sizes, devices or first))
+    make, first = devices.make_mesh, jax.devices()[:1]
+    patch.setattr(devices, "make_mesh", lambda sizes, devices=None: make(sizes, devices or first))
 
 
 def tiny_config(**changes):
@@ -50,14 +52,14 @@ def tiny_config(**changes):
 def save_models(folder: pathlib.Path, **changes) -> None:
     """A teacher and a π_ref, as their stages would have left them: untrained weights."""
     config = tiny_config(**changes)
-    ctx = Context(config, folder, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, folder, devices.make_mesh(config.mesh.to_dict()))
     teacher = None
     for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
         params = random_params(ctx.model(which), seed)
-        params = jax.device_put(params, parallel.param_shardings(ctx.model(which), ctx.mesh))
+        params = jax.device_put(params, param_shardings(ctx.model(which), ctx.mesh))
         artefact = Artefact(folder / stage)
         artefact.begin(stage, {}, {})
-        checkpoints.save_params(artefact.path / PARAMS, params)
+        orbax.save_params(artefact.path / PARAMS, params)
         fingerprint = params_fingerprint(params)
         teacher = teacher or fingerprint
         outputs = {"model": dataclasses.asdict(ctx.model(which)), "fingerprint": fingerprint}

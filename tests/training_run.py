@@ -15,13 +15,14 @@ import numpy as np
 from conftest import TIED, random_params, random_records
 from jax.experimental import multihost_utils
 
-from lopd import parallel, shutdown
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.config import base_config, training_recipe
 from lopd.data.batches import StepBatches, step_batches
-from lopd.fingerprint import params_fingerprint
-from lopd.objectives import cross_entropy, lightning_opd
-from lopd.training.diagnostics import make_drift
+from lopd.machine import devices, shutdown
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import cross_entropy, lightning_opd
+from lopd.training.drift import make_drift
 from lopd.training.loop import train
 
 FIELDS = ("teacher_logprobs", "ref_logprobs")
@@ -67,7 +68,7 @@ def batches(mesh=None, source=None, **changes) -> StepBatches:
 
 def mesh_of(data, fsdp, tensor):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return devices.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def run(
@@ -104,7 +105,7 @@ def run(
     params = train(
         artefact,
         CONFIG,
-        jax.device_put(params, parallel.param_shardings(CONFIG, mesh)),
+        jax.device_put(params, param_shardings(CONFIG, mesh)),
         data,
         loss,
         training_recipe(**{"steps": steps, "learning_rate": 1e-3, **dict(recipe)}),

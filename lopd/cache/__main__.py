@@ -16,10 +16,10 @@ import sys
 
 from absl import logging
 
-from lopd import shutdown
-from lopd.artefact import open_complete
+from lopd.artefacts.artefact import open_complete
 from lopd.errors import UserError
-from lopd.storage import absolute
+from lopd.machine import shutdown
+from lopd.machine.storage import absolute
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -42,8 +42,8 @@ def _summary(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     from lopd.cache import summary
     from lopd.cache.reader import Records
+    from lopd.checkpoints import hugging_face
     from lopd.data.tokenizers import load_tokenizer
-    from lopd.models import hf
 
     artefact = open_complete(args.dir, "the cache")
     source = args.tokenizer or artefact.outputs.get("tokenizer")
@@ -52,7 +52,7 @@ def _show(args: argparse.Namespace) -> None:
     try:
         tokenizer = load_tokenizer(source)
     except UserError:
-        tokenizer = load_tokenizer(hf.resolve_checkpoint(source))
+        tokenizer = load_tokenizer(hugging_face.resolve_checkpoint(source))
     made_with = artefact.manifest["settings"]["tokenizer"]
     if tokenizer.fingerprint != made_with:
         raise UserError(

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lopd import accounting
-from lopd.artefact import Artefact, differences, open_complete
-from lopd.cache import schema, writer
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact, differences, open_complete
+from lopd.cache import writer
+from lopd.cache.codec import shard_name
 from lopd.errors import UserError
 
 _ALIKE = ("stage", "settings", "inputs", "plan", "fields")
@@ -38,7 +39,7 @@ def _collect(parts: Sequence[Artefact]) -> dict[str, tuple[Artefact, dict]]:
             found[entry["name"]] = (part, entry)
     plan = parts[0].manifest["plan"]
     count = -(-plan["requests"] // plan["records_per_shard"])
-    missing = [i for i in range(count) if schema.shard_name(i, count) not in found]
+    missing = [i for i in range(count) if shard_name(i, count) not in found]
     if missing:
         given = ", ".join("{}/{}".format(*part.manifest["worker"]) for part in parts)
         raise UserError(

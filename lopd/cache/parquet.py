@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from lopd.artefact import Artefact
-from lopd.cache import reader, schema, writer
+from lopd.artefacts.artefact import Artefact
+from lopd.cache import reader, writer
+from lopd.cache.codec import content_digest, from_description
 from lopd.errors import UserError
-from lopd.storage import whole_file
+from lopd.machine.storage import whole_file
 
 _MANIFEST = b"lopd.manifest"
 
@@ -101,9 +102,9 @@ def from_parquet(file: epath.Path, out: epath.PathLike) -> Artefact:
     for index, shard in enumerate(original["shards"]):
         records = _records(table.read_row_group(index), fields)
         where = f"{file}, row group {index}"
-        if f"{schema.content_digest(records):064x}" != shard["content"]:
+        if f"{content_digest(records):064x}" != shard["content"]:
             raise UserError(f"{where}: its content is not what it was: the file is damaged")
-        declared = schema.from_description(fields)
+        declared = from_description(fields)
         writer.write_shard(artefact, declared, index, count, records, shard["totals"])
     artefact.manifest |= {key: original[key] for key in ("plan",) if key in original}
     artefact.manifest["seconds"] = original["seconds"]

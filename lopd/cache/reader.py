@@ -8,10 +8,11 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefact import Artefact
-from lopd.cache import schema
+from lopd.artefacts.artefact import Artefact
+from lopd.cache.codec import SPLIT, content_digest, parser
+from lopd.cache.fields import check_record
 from lopd.errors import UserError
-from lopd.storage import file_sha256, is_local
+from lopd.machine.storage import file_sha256, is_local
 
 _HELD_BYTES = 64 * 2**20
 """A cache whose shards are no larger is held in memory, decoded: seconds at start, and of short
@@ -81,7 +82,7 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     """
     entry = next(s for s in artefact.manifest["shards"] if s["name"] == name)
     path = artefact.path / name
-    parse = schema.parser(artefact.manifest["fields"])
+    parse = parser(artefact.manifest["fields"])
     with _local(path) as file:
         if damage := _damage(file, entry):
             raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
@@ -108,14 +109,14 @@ def verify_records(artefact: Artefact) -> int:
     for shard in artefact.manifest["shards"]:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])
         for i, record in enumerate(records):
-            schema.check_record(record, f"{path}, record {i}")
+            check_record(record, f"{path}, record {i}")
             key = (int(record["prompt_id"]), int(record["sample_id"]))
             if key in seen:
                 raise UserError(
                     f"{path}, record {i}: prompt {key[0]}, sample {key[1]} is there twice"
                 )
             seen.add(key)
-        digest = f"{schema.content_digest(records):064x}"
+        digest = f"{content_digest(records):064x}"
         if len(records) != shard["records"] or digest != shard["content"]:
             raise UserError(f"{path}: {len(records)} records that are not those of the manifest")
     promised = artefact.outputs.get("responses", len(seen))
@@ -146,9 +147,9 @@ class Records:
                     source.copy(files / source.name)
         verify(artefact, files)
         self._source = tfds.builder_from_directory(files).as_data_source(
-            schema.SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        self._parse = schema.parser(artefact.manifest["fields"])
+        self._parse = parser(artefact.manifest["fields"])
         small = sum(shard["bytes"] for shard in artefact.manifest["shards"]) <= _HELD_BYTES
         self._held = [self._read(i) for i in range(len(self))] if small else None
 
@@ -161,7 +162,7 @@ class Records:
     def _read(self, index: int) -> dict:
         record = self._parse(self._source[index])
         who = f"prompt_id {record['prompt_id']}, sample_id {record['sample_id']}"
-        schema.check_record(record, f"{self._path}, record {index} ({who})")
+        check_record(record, f"{self._path}, record {index} ({who})")
         return record
 
     def __iter__(self) -> Iterator[dict]:

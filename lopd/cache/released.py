@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lopd.artefact import Artefact
-from lopd.cache import schema, totals, writer
+from lopd.artefacts.artefact import Artefact
+from lopd.cache import totals, writer
+from lopd.cache.fields import SCORED_FIELDS
 from lopd.data.sources import read_rows
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 
-FIELDS = {k: v for k, v in schema.SCORED_FIELDS.items() if k != "behaviour_logprobs"}
+FIELDS = {k: v for k, v in SCORED_FIELDS.items() if k != "behaviour_logprobs"}
 """What an imported record holds: everything that Lightning OPD trains on."""
 
 _ROWS_ENCODED_AGAIN = 16

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache import totals
 from lopd.cache.reader import Records
 

@@ -8,11 +8,20 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd import parallel, shutdown
-from lopd.artefact import Artefact
-from lopd.cache import schema, totals
+from lopd.artefacts.artefact import Artefact
+from lopd.cache import totals
+from lopd.cache.codec import (
+    content_digest,
+    describe,
+    features,
+    from_description,
+    shard_name,
+    split_info,
+)
+from lopd.cache.fields import check_record
 from lopd.errors import UserError
-from lopd.storage import file_sha256, sync, whole_file
+from lopd.machine import processes, shutdown
+from lopd.machine.storage import file_sha256, sync, whole_file
 
 METADATA = ("features.json", "dataset_info.json")
 """The files by which TFDS knows the directory."""
@@ -69,17 +78,17 @@ def write_shard(
     The order is what makes it safe: write a temporary file, close, reopen and count, flush,
     rename, list. Shards may come in any order; the manifest lists them in theirs.
     """
-    features = schema.features(fields)
+    description = features(fields)
     for i, record in enumerate(records):
-        schema.check_record(record, f"shard {index}, record {i}")
-    serialized = [features.serialize_example(record) for record in records]
-    path = artefact.path / schema.shard_name(index, count)
-    content = f"{schema.content_digest(records):064x}"
+        check_record(record, f"shard {index}, record {i}")
+    serialized = [description.serialize_example(record) for record in records]
+    path = artefact.path / shard_name(index, count)
+    content = f"{content_digest(records):064x}"
     about = {"name": path.name, "records": len(records), "content": content, "totals": counted}
     with whole_file(path) as file:
         _write_records(file, serialized)
         entry = _entry(file)
-    artefact.manifest["fields"] = schema.describe(fields)
+    artefact.manifest["fields"] = describe(fields)
     _list(artefact, entry | about)
 
 
@@ -121,7 +130,7 @@ class ShardWriter:
 
         def write() -> None:
             records, counted = make()
-            if parallel.is_main():
+            if processes.is_main():
                 write_shard(self._artefact, self._fields, index, self._count, records, counted)
 
         self._wait()
@@ -161,18 +170,18 @@ def outputs(artefact: Artefact) -> dict:
 def missing_shards(artefact: Artefact, count: int) -> list[int]:
     """The shards, of `count`, that the manifest does not list yet."""
     listed = {shard["name"] for shard in artefact.manifest.get("shards", [])}
-    return [i for i in range(count) if schema.shard_name(i, count) not in listed]
+    return [i for i in range(count) if shard_name(i, count) not in listed]
 
 
 def write_metadata(artefact: Artefact) -> None:
     """Adds the TFDS files once all shards are there, and lists them, so that TFDS opens it."""
     shards = artefact.manifest["shards"]
-    fields = schema.from_description(artefact.manifest["fields"])
+    fields = from_description(artefact.manifest["fields"])
     tfds.folder_dataset.write_metadata(
         data_dir=artefact.path,
-        features=schema.features(fields),
+        features=features(fields),
         split_infos=[
-            schema.split_info(
+            split_info(
                 artefact.path, [s["records"] for s in shards], sum(s["bytes"] for s in shards)
             )
         ],

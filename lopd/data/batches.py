@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lopd.data.packing import Arrays, TokenField, assign_rows, fill_rows
-from lopd.objectives import ALL_TOKENS, TokenSelection, token_weights
-from lopd.parallel import rows_sharding
+from lopd.data.selection import ALL_TOKENS, TokenSelection, token_weights
+from lopd.machine.devices import rows_sharding
 
 RESPONSE_STATS = (
     "responses",

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from lopd.errors import UserError
-from lopd.storage import check_url, is_local
+from lopd.machine.storage import check_url, is_local
 
 Messages = tuple[dict[str, str], ...]
 

@@ -23,7 +23,7 @@ import sentencepiece
 from etils import epath
 
 from lopd.errors import UserError
-from lopd.storage import check_url
+from lopd.machine.storage import check_url
 
 _BUNDLED = {"tiny": epath.resource_path("lopd") / "data" / "tiny_tokenizer" / "tiny.model"}
 _JSON = "tokenizer.json"

@@ -1,7 +1,7 @@
 """Attention: one function for packed rows, with the kernel that suits the platform.
 
 `attend` is exact on every platform, forward and backward, and its memory grows linearly with the
-length of a row. Shape letters as in `lopd.models.qwen3`.
+length of a row. Shape letters as in `lopd.models.decoder`.
 """
 
 import jax
@@ -15,9 +15,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
+from lopd.machine.sharding import ROW_AXES, current_mesh, current_platform
 from lopd.models import blocked_attention
 from lopd.models.blocked_attention import SAVED_NAME
-from lopd.models.sharding import ROW_AXES, current_mesh, current_platform
 
 CUDNN_LONGEST = 8192
 """Longest row for cuDNN, whose mask takes 2 · T² bytes a row: 128 MiB at this length."""

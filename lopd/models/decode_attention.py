@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-from lopd.models.sharding import current_platform
+from lopd.machine.sharding import current_platform
 
 CHUNK = 128
 """Positions read at a time. 128 was the fastest of 64 to 512 on CPU, with blocks of rows."""

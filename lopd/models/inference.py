@@ -5,20 +5,20 @@ from collections.abc import Callable
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lopd.models import qwen3
+from lopd.models import decoder
 from lopd.models.projection import OutputFirst
 
 
 def inference_params(
-    config: qwen3.Qwen3Config, params: qwen3.Params, shardings: qwen3.Params | None = None
-) -> qwen3.Params:
+    config: decoder.DecoderConfig, params: decoder.Params, shardings: decoder.Params | None = None
+) -> decoder.Params:
     """Parameters for repeated decoding; see `to_inference_params`."""
     return to_inference_params(config, shardings)(params)
 
 
 def to_inference_params(
-    config: qwen3.Qwen3Config, shardings: qwen3.Params | None = None
-) -> Callable[[qwen3.Params], qwen3.Params]:
+    config: decoder.DecoderConfig, shardings: decoder.Params | None = None
+) -> Callable[[decoder.Params], decoder.Params]:
     """What makes parameters for repeated decoding: compute type, one dict per layer, no stack.
 
     It is compiled once, for weights that change. Results may share memory with what they were made
@@ -46,7 +46,7 @@ def to_inference_params(
             return OutputFirst(stored, contracted) if contracted else stored
 
         is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree.map(store, qwen3.logical_axes(config)["layers"], stacked, is_leaf=is_axes)
+        return jax.tree.map(store, decoder.logical_axes(config)["layers"], stacked, is_leaf=is_axes)
 
     def convert(params):
         params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lopd.machine.sharding import ROWS, current_mesh, spec
 from lopd.models.decode_attention import (
     CHUNK,
     attend_filled,
@@ -21,7 +22,6 @@ from lopd.models.decode_attention import (
     write_keys,
     write_values,
 )
-from lopd.models.sharding import ROWS, current_mesh, spec
 
 CACHE_SPEC = spec("rows", "kv_heads")
 """Where the [B, K, C, N] arrays of a layer lie."""
@@ -105,7 +105,7 @@ class KVCache:
     layers: tuple[LayerCache, ...]
 
     def insert(self, prefix: list[tuple[jax.Array, jax.Array]], rows: jax.Array) -> "KVCache":
-        """Puts the keys and values of `qwen3.prefill` into the given rows, layer by layer."""
+        """Puts the keys and values of `decoder.prefill` into the given rows, layer by layer."""
         pairs = zip(self.layers, prefix, strict=True)
         return KVCache(tuple(layer.insert(*new, rows) for layer, new in pairs))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lopd.models.sharding import ROWS, current_mesh, divides, spec
+from lopd.machine.sharding import ROWS, current_mesh, divides, spec
 
 
 @flax.struct.dataclass

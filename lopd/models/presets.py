@@ -6,11 +6,11 @@ longest position; the 2507 releases also in the rotary base.
 
 import dataclasses
 
-from lopd.models.qwen3 import Qwen3Config
+from lopd.models.decoder import DecoderConfig
 
 
-def _dense(hidden, intermediate, layers, heads, tied) -> Qwen3Config:
-    return Qwen3Config(
+def _dense(hidden, intermediate, layers, heads, tied) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=151936,
         hidden_size=hidden,
         intermediate_size=intermediate,

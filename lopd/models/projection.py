@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lopd.models.sharding import current_platform
+from lopd.machine.sharding import current_platform
 
 
 @flax.struct.dataclass

@@ -5,41 +5,6 @@ from whole responses before packing: the total Σ weight · loss is then indepen
 micro-batching and sharding.
 
 `sampled` holds the losses of the sampled token's log-probability, the method first; `divergences`
-those of the teacher's top-K; `weights` which tokens count and how much; `choice` what the settings
-of `opd` choose among them.
+those of the teacher's top-K; `token_weights` what a step adds to the weights; `style_baseline` the
+target of Lightning OPD 2.0. What the settings choose among them is `lopd.stages.objective`.
 """
-
-from lopd.objectives.choice import (
-    check_settings,
-    make_objective,
-    needs_top_k,
-    token_fields,
-    token_selection,
-)
-from lopd.objectives.sampled import (
-    SEQUENCE_LOG_RATIO,
-    Batch,
-    Objective,
-    cross_entropy,
-    huber,
-    lightning_opd,
-)
-from lopd.objectives.weights import ALL_TOKENS, REDUCTIONS, TokenSelection, token_weights
-
-__all__ = [
-    "ALL_TOKENS",
-    "REDUCTIONS",
-    "SEQUENCE_LOG_RATIO",
-    "Batch",
-    "Objective",
-    "TokenSelection",
-    "check_settings",
-    "cross_entropy",
-    "huber",
-    "lightning_opd",
-    "make_objective",
-    "needs_top_k",
-    "token_fields",
-    "token_selection",
-    "token_weights",
-]

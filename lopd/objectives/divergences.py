@@ -10,8 +10,8 @@ the student's probabilities then sum to less than 1, and the gradient of Σ p lo
 import jax
 import jax.numpy as jnp
 
+from lopd.models.token_scores import TokenScores
 from lopd.objectives.sampled import Batch, Loss
-from lopd.scoring import TokenScores
 
 EMPTY_TAIL = 1e-6
 """A tail of less probability counts as this much and has no gradient: float32 cannot tell it from

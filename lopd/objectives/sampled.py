@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lopd.scoring import TokenScores
+from lopd.models.token_scores import TokenScores
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[TokenScores, Batch], jax.Array]
@@ -78,7 +78,7 @@ def lightning_opd(
       tau: advantage clip in nats.
       extrapolation: λ; 1 is the teacher itself.
       towards: the field of the batch that stands for log π_T: with Lightning OPD 2.0 the
-        residualised one (`lopd.residual`).
+        residualised one (`lopd.objectives.style_baseline`).
     """
 
     def objective(scores: TokenScores, batch: Batch):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lopd.storage import write_atomically
+from lopd.machine.storage import write_atomically
 
 PAGE, COMPARISON = "report.html", "comparison.html"
 

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from lopd import report, shutdown
+from lopd import report
 from lopd.errors import UserError
+from lopd.machine import shutdown
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.config import STAGES
 from lopd.errors import UserError
-from lopd.storage import absolute
+from lopd.machine.storage import absolute
 
 TRAINING = ("teacher", "sft", "control", "opd", "online")
 """Stages that leave a metrics.jsonl."""

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lopd.models import qwen3
+from lopd.machine.sharding import ROWS, current_mesh
+from lopd.models import decoder
 from lopd.models.kv_cache import CACHE_SPEC, KVCache, empty_cache
 from lopd.models.projection import project_to_vocabulary
-from lopd.models.sharding import ROWS, current_mesh
 from lopd.sampling.draw import Drawn, Truncation, draw
 
 
@@ -72,7 +72,9 @@ def _in_place(state: RowState) -> RowState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_state(config: qwen3.Qwen3Config, rows: int, cache_rows: int, capacity: int) -> RowState:
+def empty_state(
+    config: decoder.DecoderConfig, rows: int, cache_rows: int, capacity: int
+) -> RowState:
     """All rows idle, the cache's with room for `capacity` tokens of prompt and response each."""
     zeros = lambda dtype: jnp.zeros((rows,), dtype)  # noqa: E731
     return _in_place(
@@ -90,9 +92,9 @@ def empty_state(config: qwen3.Qwen3Config, rows: int, cache_rows: int, capacity:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def prefill(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     at_once: int,
-    params: qwen3.Params,
+    params: decoder.Params,
     state: RowState,
     prompts: Prompts,
 ) -> RowState:
@@ -109,7 +111,7 @@ def prefill(
         tokens, length = part(prompts.tokens), part(prompts.length)
         tokens = _constrain(tokens, ROWS)
         segment_ids = (jnp.arange(tokens.shape[1]) < length[:, None]).astype(jnp.int32)
-        prefix = qwen3.prefill(config, params, tokens, segment_ids)
+        prefix = decoder.prefill(config, params, tokens, segment_ids)
         return cache.insert(prefix, part(cache_row))
 
     mesh = current_mesh()
@@ -144,10 +146,10 @@ def _keys(seed: jax.Array, state: RowState) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     steps: int,
     truncation: Truncation,
-    params: qwen3.Params,
+    params: decoder.Params,
     state: RowState,
     seed: jax.Array,
     temperature: jax.Array,
@@ -161,10 +163,10 @@ def decode(
     Returns:
       The state, what was made, and which rows are still active.
     """
-    head = qwen3.output_head(params)
+    head = decoder.output_head(params)
 
     def step(state: RowState, _):
-        hidden, cache = qwen3.forward(
+        hidden, cache = decoder.forward(
             config,
             params,
             state.token[:, None],

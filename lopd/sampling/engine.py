@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lopd.models import qwen3
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder
 from lopd.models.decode_attention import block_rows
-from lopd.models.sharding import on_mesh
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
 
@@ -161,7 +161,7 @@ def row_shards(mesh: Mesh | None) -> int:
 
 
 def group_shape(
-    config: qwen3.Qwen3Config, slots: int, capacity: int, mesh: Mesh | None
+    config: decoder.DecoderConfig, slots: int, capacity: int, mesh: Mesh | None
 ) -> tuple[int, int]:
     """Rows of one decode program for at most `slots` slots, and those of them that have a cache.
 
@@ -301,8 +301,8 @@ class _Engine:
 
 
 def generate(
-    config: qwen3.Qwen3Config,
-    params: qwen3.Params,
+    config: decoder.DecoderConfig,
+    params: decoder.Params,
     requests: Iterable[Request],
     sampling: Sampling,
     *,
@@ -361,8 +361,8 @@ def generate(
 class Sampler:
     """A model and how to sample from it; call it with requests. Fields as `generate`'s."""
 
-    config: qwen3.Qwen3Config
-    params: qwen3.Params
+    config: decoder.DecoderConfig
+    params: decoder.Params
     sampling: Sampling
     slots: int
     capacity: int

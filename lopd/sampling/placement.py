@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from lopd.errors import UserError
-from lopd.models import qwen3
+from lopd.models import decoder
 from lopd.models.kv_cache import bytes_per_row
 
 MAX_SLOTS_PER_DEVICE = 256
@@ -24,13 +24,13 @@ _LOGIT_ARRAYS = 4
 """Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
 
 
-def tensor_for_sampling(config: qwen3.Qwen3Config, devices: int) -> int:
+def tensor_for_sampling(config: decoder.DecoderConfig, devices: int) -> int:
     """The most of `devices` that can share the weights: they split heads, MLP and vocabulary."""
     width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     return math.gcd(devices, config.num_key_value_heads, config.vocab_size, width)
 
 
-def sampling_mesh(config: qwen3.Qwen3Config, mesh: Mesh) -> Mesh:
+def sampling_mesh(config: decoder.DecoderConfig, mesh: Mesh) -> Mesh:
     """The same devices with as much of fsdp as possible turned into tensor, and the rest into data.
 
     A decode step does little work per weight, so weights should stay where they are: split over
@@ -64,7 +64,7 @@ def _left_per_device(mesh: Mesh, reserved: int) -> int:
     return int((free - reserved) * _SHARE.get(platform, _SHARE_OF_ACCELERATOR))
 
 
-def slot_bytes(config: qwen3.Qwen3Config, capacity: int, tensor: int) -> int:
+def slot_bytes(config: decoder.DecoderConfig, capacity: int, tensor: int) -> int:
     """What one slot takes on each device of its `tensor` group.
 
     2 · layers · K · capacity · N numbers of keys and values, split over `tensor`, and the logits'
@@ -75,7 +75,7 @@ def slot_bytes(config: qwen3.Qwen3Config, capacity: int, tensor: int) -> int:
 
 
 def slots_for(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     capacity: int,
     bytes_per_device: int,
     shards: int,
@@ -113,7 +113,7 @@ def slots_for(
 
 
 def slots_that_fit(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     capacity: int,
     mesh: Mesh,
     slots: int = 0,

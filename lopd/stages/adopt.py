@@ -6,11 +6,11 @@ later reading is compared with it.
 
 import dataclasses
 
-from lopd.artefact import Artefact
-from lopd.context import Context
-from lopd.fingerprint import params_fingerprint
-from lopd.models import hf
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.checkpoints import hugging_face
 from lopd.stages.common import declared_teacher
+from lopd.stages.run import Context
 
 MODELS = {"teacher": "teacher", "sft": "student"}
 
@@ -28,7 +28,7 @@ def inputs(ctx: Context, name: str) -> dict:
 
 def run(ctx: Context, artefact: Artefact, name: str) -> dict:
     """Reads the weights once, for their fingerprint."""
-    source = hf.resolve_checkpoint(ctx.external(name))
+    source = hugging_face.resolve_checkpoint(ctx.external(name))
     return {
         "model": dataclasses.asdict(ctx.model(MODELS[name])),
         "fingerprint": params_fingerprint(ctx.read_checkpoint(source, MODELS[name])),

@@ -6,22 +6,24 @@ from collections.abc import Iterable, Sequence
 import jax
 import ml_collections
 
-from lopd import accounting
-from lopd.artefact import Artefact
-from lopd.context import PARAMS, Context
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.checkpoints import hugging_face, orbax
 from lopd.data.batches import StepBatches, step_batches
 from lopd.data.packing import TokenField
+from lopd.data.selection import ALL_TOKENS, TokenSelection
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
-from lopd.models import hf, inference, qwen3
-from lopd.objectives import ALL_TOKENS, Objective, TokenSelection
-from lopd.parallel import StopVote, check_divisible, param_shardings
+from lopd.machine.processes import StopVote
+from lopd.models import decoder, inference
+from lopd.models.shardings import check_divisible, param_shardings
+from lopd.objectives.sampled import Objective
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import Request, Sampler, Sampling
 from lopd.sampling.placement import sampling_mesh, slots_that_fit
+from lopd.stages.run import PARAMS, Context
 from lopd.tasks import Problem
-from lopd.training import checkpoints
-from lopd.training.diagnostics import Drift
+from lopd.training.drift import Drift
 from lopd.training.loop import Batches, Rounds, train
 
 
@@ -58,14 +60,16 @@ def model_settings(ctx: Context, which: str) -> dict:
     return {f"{which}_model": dataclasses.asdict(ctx.model(which))}
 
 
-def base_params(ctx: Context, which: str) -> qwen3.Params:
+def base_params(ctx: Context, which: str) -> decoder.Params:
     """The weights that training starts from, in their sharding: a base checkpoint's, or random."""
     model = ctx.model(which)
     if which == "student" and ctx.config.student.checkpoint:
-        return ctx.read_checkpoint(hf.resolve_checkpoint(ctx.config.student.checkpoint), which)
+        return ctx.read_checkpoint(
+            hugging_face.resolve_checkpoint(ctx.config.student.checkpoint), which
+        )
     check_divisible(model, ctx.mesh, f"{which}.model")
     init = jax.jit(
-        lambda key: qwen3.init_params(model, key), out_shardings=param_shardings(model, ctx.mesh)
+        lambda key: decoder.init_params(model, key), out_shardings=param_shardings(model, ctx.mesh)
     )
     return init(jax.random.key(ctx.seed(f"{which} weights")))
 
@@ -110,7 +114,7 @@ def train_into(
     ctx: Context,
     artefact: Artefact,
     which: str,
-    params: qwen3.Params,
+    params: decoder.Params,
     batches: Batches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
@@ -135,7 +139,7 @@ def train_into(
         rounds=rounds,
         router_coefficient=router_coefficient,
     )
-    checkpoints.save_params(artefact.path / PARAMS, params)
+    orbax.save_params(artefact.path / PARAMS, params)
     return {
         "model": dataclasses.asdict(model),
         "fingerprint": params_fingerprint(params),
@@ -166,7 +170,7 @@ def make_requests(
 def sampler(
     ctx: Context,
     which: str,
-    params: qwen3.Params,
+    params: decoder.Params,
     section: ml_collections.ConfigDict,
     purpose: str,
     temperature: float | None = None,

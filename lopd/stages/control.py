@@ -1,8 +1,8 @@
 """`control`: more SFT steps from π_ref on the same data (see `lopd.stages.sft`)."""
 
-from lopd.artefact import Artefact
-from lopd.context import Context
+from lopd.artefacts.artefact import Artefact
 from lopd.stages import common, sft
+from lopd.stages.run import Context
 
 
 def settings(ctx: Context) -> dict:

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lopd import parallel
-from lopd.artefact import Artefact
-from lopd.context import Context
-from lopd.models.qwen3 import Params
-from lopd.progress import bar, counted
+from lopd.artefacts.artefact import Artefact
+from lopd.machine import processes
+from lopd.machine.progress import bar, counted
+from lopd.machine.storage import write_atomically
+from lopd.models.decoder import Params
 from lopd.sampling.engine import Request, Response
 from lopd.stages import common
-from lopd.storage import write_atomically
+from lopd.stages.run import Context
 from lopd.tasks import Problem, metrics
 
 MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",
@@ -117,7 +117,7 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
                 results[f"{test}/{mode}"] = {**result, "temperature": temperature}
                 lines += [{"test": test, "mode": mode, **line} for line in graded]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    if parallel.is_main():
+    if processes.is_main():
         write_atomically(artefact.path / f"responses_{name}.jsonl", text)
     return results
 
@@ -130,6 +130,6 @@ def run(ctx: Context, artefact: Artefact) -> dict:
             results[name] = _grade(ctx, artefact, name)
             artefact.save()
     summary = {"split": ctx.config.eval.split, "seed": ctx.config.seed, "models": results}
-    if parallel.is_main():
+    if processes.is_main():
         write_atomically(artefact.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     return {"models": list(results)}

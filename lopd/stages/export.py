@@ -1,9 +1,9 @@
 """`export`: the trained student as a Hugging Face checkpoint."""
 
-from lopd import parallel
-from lopd.artefact import Artefact
-from lopd.context import Context
-from lopd.models import hf
+from lopd.artefacts.artefact import Artefact
+from lopd.checkpoints import hugging_face
+from lopd.machine import processes
+from lopd.stages.run import Context
 
 
 def settings(ctx: Context) -> dict:
@@ -19,8 +19,10 @@ def inputs(ctx: Context) -> dict:
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Writes safetensors, config.json, generation_config.json and the tokenizer."""
     params = ctx.load_params("opd", "student")
-    hf.save_checkpoint(artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id)
-    if parallel.is_main():
+    hugging_face.save_checkpoint(
+        artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id
+    )
+    if processes.is_main():
         for name, content in ctx.tokenizer.files.items():
             (artefact.path / name).write_bytes(content)
     return {}

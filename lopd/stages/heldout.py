@@ -8,11 +8,11 @@ too.
 
 import numpy as np
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
 from lopd.sampling.engine import Request
 from lopd.stages import common, precompute
+from lopd.stages.run import Context
 
 
 def settings(ctx: Context) -> dict:

@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 
-from lopd import accounting, parallel
-from lopd.artefact import Artefact
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
 from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
 from lopd.errors import UserError
-from lopd.models import inference, qwen3
-from lopd.objectives import make_objective
+from lopd.machine import devices
+from lopd.models import decoder, inference
+from lopd.models.shardings import param_shardings
+from lopd.rollouts import stream
 from lopd.sampling.engine import Request
-from lopd.stages import common, opd, precompute, rollouts
+from lopd.stages import common, opd, precompute
+from lopd.stages.objective import make_objective
+from lopd.stages.run import Context
 
 
 def settings(ctx: Context) -> dict:
@@ -51,7 +54,7 @@ class OnlineBatches:
 
     reads_params = True
 
-    def __init__(self, ctx: Context, params: qwen3.Params):
+    def __init__(self, ctx: Context, params: decoder.Params):
         recipe, model = ctx.config.opd, ctx.model("student")
         self._ctx = ctx
         self._requests = prompts(ctx)
@@ -73,16 +76,14 @@ class OnlineBatches:
             reserved=moments,
         )
         self._sampler = dataclasses.replace(sampler, params=None)
-        self._to_decode = inference.to_inference_params(
-            model, parallel.param_shardings(model, sampler.mesh)
-        )
+        self._to_decode = inference.to_inference_params(model, param_shardings(model, sampler.mesh))
         self._read: tuple[int, list[dict]] = (-1, [])
 
     def requests(self, step: int) -> list[Request]:
         """What is answered in a step, from 0: the prompts of the offline step."""
         return [self._requests[int(i)] for i in self._indices[step]]
 
-    def rollouts(self, step: int, params: qwen3.Params) -> tuple[list[dict], accounting.Costs]:
+    def rollouts(self, step: int, params: decoder.Params) -> tuple[list[dict], accounting.Costs]:
         """The records of a step, as a cache would have them, and what they cost.
 
         `ref_logprobs` are the sampler's log π_θ. The training pass starts from the same weights, so
@@ -99,7 +100,7 @@ class OnlineBatches:
         )
         responses = sorted(sample(self.requests(step)), key=lambda r: r.index)
         sampled = time.perf_counter()
-        records = [{**rollouts.response_record(r), "ref_logprobs": r.logprobs} for r in responses]
+        records = [{**stream.response_record(r), "ref_logprobs": r.logprobs} for r in responses]
         precompute.add_teacher_scores(records, self._score(records)())
         scored = time.perf_counter()
         return records, {
@@ -110,7 +111,7 @@ class OnlineBatches:
     def reader(self, start: int, stop: int, put: Callable[[Arrays], Any]):
         """See `lopd.training.loop.Batches`."""
 
-        def read(step: int, params: qwen3.Params) -> tuple[Any, dict[str, float]]:
+        def read(step: int, params: decoder.Params) -> tuple[Any, dict[str, float]]:
             records, costs = self.rollouts(step, params)
             self._read = step, records
             return put(micro_batches(records, **self.layout)), accounting.as_columns(costs)
@@ -126,7 +127,7 @@ class OnlineBatches:
 def _check_room(ctx: Context) -> None:
     """Student, optimizer and teacher are all there all the time."""
     needed = precompute.resident_bytes(ctx, optimizer=True)
-    limit = parallel.device_memory(ctx.mesh)
+    limit = devices.device_memory(ctx.mesh)
     if needed > limit:
         raise UserError(
             f"online OPD would take {needed / 2**30:.1f} GiB per device for student, optimizer and "

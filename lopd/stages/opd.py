@@ -4,21 +4,16 @@ from collections.abc import Callable, Sequence
 
 import grain
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
 from lopd.errors import UserError
-from lopd.objectives import (
-    Objective,
-    make_objective,
-    needs_top_k,
-    token_fields,
-    token_selection,
-)
-from lopd.report.rollouts import write_rollouts
-from lopd.residual import fit_baseline
+from lopd.objectives.sampled import Objective
+from lopd.objectives.style_baseline import fit_baseline
+from lopd.rollouts.examples import write_rollouts
 from lopd.stages import common, refresh
-from lopd.training.diagnostics import Drift, make_drift
+from lopd.stages.objective import make_objective, needs_top_k, token_fields, token_selection
+from lopd.stages.run import Context
+from lopd.training.drift import Drift, make_drift
 
 
 def settings(ctx: Context) -> dict:

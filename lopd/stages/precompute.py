@@ -11,17 +11,23 @@ import jax
 import numpy as np
 from absl import logging
 
-from lopd import accounting, parallel
-from lopd.artefact import Artefact
-from lopd.cache import reader, schema, totals, writer
-from lopd.context import Context
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact
+from lopd.cache import reader, totals, writer
+from lopd.cache.codec import shard_name
+from lopd.cache.fields import REF_SCORED_FIELDS, SCORED_FIELDS, top_k_fields
 from lopd.errors import UserError
-from lopd.models import qwen3
-from lopd.planner.costs import scoring_scratch
-from lopd.progress import bar
+from lopd.machine import devices, processes
+from lopd.machine.progress import bar
+from lopd.models import decoder
+from lopd.models.memory import scoring_scratch
+from lopd.models.shardings import param_shardings
+from lopd.models.token_scores import TokenScores
+from lopd.rollouts import stream
+from lopd.rollouts.scoring import dispatch_records
 from lopd.sampling.engine import Request, Response
-from lopd.scoring import TokenScores, dispatch_records
-from lopd.stages import common, rollouts
+from lopd.stages import common
+from lopd.stages.run import Context
 from lopd.tasks import Problem
 
 SAMPLED = "sampled"
@@ -112,7 +118,7 @@ def run(ctx: Context, artefact: Artefact) -> dict:
     return sample_and_score(ctx, artefact, "precompute", prompts(ctx))
 
 
-def dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> Callable:
+def dispatcher(ctx: Context, which: str, params: decoder.Params, section: str) -> Callable:
     """A function from records to what gives their scores by one model, when called."""
     top_k = ctx.config.precompute.teacher_top_k if which == "teacher" else 0
 
@@ -131,7 +137,7 @@ def dispatcher(ctx: Context, which: str, params: qwen3.Params, section: str) -> 
 
 
 def _fields(ctx: Context) -> dict:
-    return schema.SCORED_FIELDS | schema.top_k_fields(ctx.config.precompute.teacher_top_k)
+    return SCORED_FIELDS | top_k_fields(ctx.config.precompute.teacher_top_k)
 
 
 class _GapWarning:
@@ -158,7 +164,7 @@ class _GapWarning:
 class Student:
     """Who samples: π_ref, or the student with these weights; and which draw of theirs it is."""
 
-    params: qwen3.Params | None = None
+    params: decoder.Params | None = None
     draw: str = ""
 
 
@@ -191,8 +197,8 @@ def _sampling_pass(
     ctx: Context,
     artefact: Artefact,
     section: str,
-    plan: rollouts.Plan,
-    teacher_params: qwen3.Params | None,
+    plan: stream.Plan,
+    teacher_params: decoder.Params | None,
     student: Student,
 ) -> None:
     """π_ref samples and scores, the teacher scores too if it is there, shard by shard."""
@@ -202,8 +208,8 @@ def _sampling_pass(
     gap_warning, spent = _GapWarning(ctx.model("student").dtype), _Spent(ctx, artefact)
     scorers = ("student", "teacher") if teacher_params else ("student",)
 
-    def score(responses: list[Response]) -> rollouts.Finish:
-        records = [rollouts.response_record(r) for r in responses]
+    def score(responses: list[Response]) -> stream.Finish:
+        records = [stream.response_record(r) for r in responses]
         began = time.perf_counter()
         ref, teacher = by_ref(records), by_teacher and by_teacher(records)
 
@@ -233,8 +239,8 @@ def _sampling_pass(
         responses=len(plan.requests),
         reserved=max(_scoring_bytes(ctx, which, section) for which in scorers),
     )
-    fields = _fields(ctx) if teacher_params else schema.REF_SCORED_FIELDS
-    rollouts.write_responses(artefact, plan, fields, sample, score, sample.stats)
+    fields = _fields(ctx) if teacher_params else REF_SCORED_FIELDS
+    stream.write_responses(artefact, plan, fields, sample, score, sample.stats)
 
 
 def _scored(
@@ -255,14 +261,14 @@ def add_teacher_scores(records: Sequence[dict], by_teacher: Sequence[TokenScores
 
 
 def _teacher_pass(
-    ctx: Context, artefact: Artefact, section: str, plan: rollouts.Plan, sampled: Artefact
+    ctx: Context, artefact: Artefact, section: str, plan: stream.Plan, sampled: Artefact
 ) -> None:
     """The teacher scores the shards that π_ref has sampled."""
     dispatch = dispatcher(ctx, "teacher", ctx.load_params("teacher", "teacher"), section)
     counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
     spent = _Spent(ctx, artefact)
 
-    def score(name: str) -> rollouts.Finish:
+    def score(name: str) -> stream.Finish:
         records, began = reader.read_shard(sampled, name), time.perf_counter()
         scores = dispatch(records)
 
@@ -275,8 +281,8 @@ def _teacher_pass(
 
     with writer.ShardWriter(artefact, _fields(ctx), plan.count) as shards:
         for index in bar(plan.missing, total=len(plan.missing), label="teacher", unit="shards"):
-            parallel.check_stop()
-            shards.put(index, score(schema.shard_name(index, plan.count)))
+            processes.check_stop()
+            shards.put(index, score(shard_name(index, plan.count)))
 
 
 def _resident_dtypes(ctx: Context) -> dict[str, str]:
@@ -308,11 +314,11 @@ def resident_bytes(ctx: Context, optimizer: bool = False) -> int:
 
     def size(which: str, dtype: str) -> int:
         model = ctx.model(which)
-        shapes = qwen3.abstract_params(model)
+        shapes = decoder.abstract_params(model)
         parts = jax.tree.map(
             lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))),
             shapes,
-            parallel.param_shardings(model, ctx.mesh),
+            param_shardings(model, ctx.mesh),
         )
         return sum(jax.tree.leaves(parts)) * np.dtype(dtype).itemsize
 
@@ -328,7 +334,7 @@ def _fits_together(ctx: Context, student: Student) -> bool:
 
     A third of the memory is left to what sampling and scoring need besides weights.
     """
-    limit = parallel.device_memory(ctx.mesh)
+    limit = devices.device_memory(ctx.mesh)
     needed = resident_bytes(ctx, optimizer=student.params is not None)
     if needed * 3 <= limit * 2:
         return True
@@ -355,24 +361,24 @@ def sample_and_score(
     the scorer's (the training forward) on the same tokens and weights, and how consistent the
     teacher looks.
     """
-    plan = rollouts.make_plan(ctx, artefact, requests)
+    plan = stream.make_plan(ctx, artefact, requests)
     sampled = Artefact(artefact.path / SAMPLED)
     if plan.missing and sampled.manifest is None and _fits_together(ctx, student):
         teacher = ctx.load_params("teacher", "teacher")
         _sampling_pass(ctx, artefact, section, plan, teacher, student)
     elif plan.missing:
         sampled.begin(SAMPLED, artefact.manifest["settings"], artefact.manifest["inputs"])
-        todo = set(rollouts.make_plan(ctx, sampled, requests).missing) & {*plan.missing}
+        todo = set(stream.make_plan(ctx, sampled, requests).missing) & {*plan.missing}
         first = dataclasses.replace(plan, missing=sorted(todo))
         if first.missing:
             _sampling_pass(ctx, sampled, section, first, None, student)
-            parallel.barrier(f"{sampled.path} written")
+            processes.barrier(f"{sampled.path} written")
             sampled.reload()
         _teacher_pass(ctx, artefact, section, plan, sampled)
     costs = [a.manifest.get("costs", {}) for a in (artefact, sampled) if a.manifest]
-    if parallel.is_main() and sampled.path.exists():
+    if processes.is_main() and sampled.path.exists():
         sampled.path.rmtree()
-    outputs = rollouts.finish(ctx, artefact)
+    outputs = stream.finish(ctx, artefact)
     artefact.manifest.pop("costs", None)
     return {
         **outputs,

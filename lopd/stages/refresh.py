@@ -12,17 +12,18 @@ import jax
 import ml_collections
 import numpy as np
 
-from lopd import accounting, parallel
-from lopd.artefact import Artefact, open_complete
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.cache.reader import Records
-from lopd.context import Context
 from lopd.data.batches import StepBatches
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
-from lopd.models import qwen3
+from lopd.machine import processes
+from lopd.models import decoder
 from lopd.sampling.engine import Request
 from lopd.stages import heldout, precompute
-from lopd.training.diagnostics import Drift, heldout_batch
+from lopd.stages.run import Context
+from lopd.training.drift import Drift, heldout_batch
 
 
 def wanted(config: ml_collections.ConfigDict) -> bool:
@@ -96,7 +97,7 @@ class CacheRounds:
         self.artefact.save()
         return True
 
-    def open(self, step: int, params: qwen3.Params) -> tuple[StepBatches, Drift]:
+    def open(self, step: int, params: decoder.Params) -> tuple[StepBatches, Drift]:
         """The round that the step after `step` belongs to, which is made first if need be."""
         number = sum(entry["start"] <= step for entry in self._begun)
         if number == 0:
@@ -135,7 +136,7 @@ class CacheRounds:
         stage: str,
         place: Artefact,
         number: int,
-        params: qwen3.Params,
+        params: decoder.Params,
         requests: list[Request],
     ) -> None:
         """Samples and scores one of a round's two caches, or goes on with it."""
@@ -144,7 +145,7 @@ class CacheRounds:
         inputs = {"teacher": self.ctx.input("teacher").outputs["fingerprint"], "sft": student}
         place.check("settings", settings)
         place.check("inputs", inputs)
-        parallel.barrier(f"{place.path} looked at")
+        processes.barrier(f"{place.path} looked at")
         place.begin(stage, settings, inputs)
         who = precompute.Student(params, f", round {number}")
         place.finish(precompute.sample_and_score(self.ctx, place, stage, requests, who))

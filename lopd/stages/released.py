@@ -4,18 +4,19 @@ import ml_collections
 from etils import epath
 
 from lopd import config as lopd_config
-from lopd import parallel
-from lopd.artefact import Artefact
-from lopd.cache import released, schema
-from lopd.context import Context
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
+from lopd.cache import released
+from lopd.cache.codec import content_digest
+from lopd.checkpoints import hugging_face
 from lopd.data.tokenizers import check_vocabulary
 from lopd.errors import UserError
-from lopd.fingerprint import params_fingerprint
-from lopd.models import hf
-from lopd.models.qwen3 import Params
-from lopd.scoring import score_responses
+from lopd.machine import devices
+from lopd.machine.storage import absolute
+from lopd.models.decoder import Params
+from lopd.rollouts.scoring import score_responses
 from lopd.stages import common
-from lopd.storage import absolute
+from lopd.stages.run import Context
 
 
 def _ref_params(ctx: Context) -> tuple[Params, str]:
@@ -27,7 +28,7 @@ def _ref_params(ctx: Context) -> tuple[Params, str]:
             "sft.checkpoint is not set: the file lacks π_ref's log-probs, so give the student that "
             "its responses were sampled from"
         )
-    params = ctx.read_checkpoint(hf.resolve_checkpoint(ctx.external("sft")), "student")
+    params = ctx.read_checkpoint(hugging_face.resolve_checkpoint(ctx.external("sft")), "student")
     return params, params_fingerprint(params)
 
 
@@ -45,7 +46,7 @@ def run(config: ml_collections.ConfigDict, source: str, out: epath.PathLike) -> 
     """
     lopd_config.validate(config, ("precompute",))
     artefact = Artefact(absolute(out))
-    ctx = Context(config, artefact.path.parent, parallel.make_mesh(config.mesh.to_dict()))
+    ctx = Context(config, artefact.path.parent, devices.make_mesh(config.mesh.to_dict()))
     recipe, limit = config.precompute, config.prompt_length
     check_vocabulary(ctx.tokenizer, ctx.model("student").vocab_size, "the embedding of the student")
     records, report = released.read_released(
@@ -54,7 +55,7 @@ def run(config: ml_collections.ConfigDict, source: str, out: epath.PathLike) -> 
     params, fingerprint = _ref_params(ctx)
     settings = common.stage_settings(ctx, "precompute", "prompt_length", "dtype")
     inputs = {
-        "released": f"{schema.content_digest(records):064x}"[:16],
+        "released": f"{content_digest(records):064x}"[:16],
         "sft": fingerprint,
         "teacher": config.teacher.checkpoint or "not declared",
     }

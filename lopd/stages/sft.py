@@ -6,12 +6,12 @@ steps as OPD takes, to show how much of OPD's gain is mere further training.
 
 import ml_collections
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.context import Context
-from lopd.models.qwen3 import Params
-from lopd.objectives import cross_entropy
+from lopd.models.decoder import Params
+from lopd.objectives.sampled import cross_entropy
 from lopd.stages import common
+from lopd.stages.run import Context
 
 
 def router_coefficient(ctx: Context) -> float:

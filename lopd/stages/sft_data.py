@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lopd import parallel
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.cache import totals
-from lopd.cache.schema import RESPONSE_FIELDS
-from lopd.context import Context
+from lopd.cache.fields import RESPONSE_FIELDS
 from lopd.errors import UserError
+from lopd.machine import processes
+from lopd.rollouts import stream
 from lopd.sampling.engine import Request, Response
-from lopd.stages import common, rollouts
+from lopd.stages import common
+from lopd.stages.run import Context
 from lopd.tasks import Problem
 
 
@@ -45,7 +46,7 @@ def _given_responses(
     """The responses that the problems came with, as if sampled; one over the cap is cut there."""
     by_id = {problem.problem_id: problem for problem in problems}
     cap = ctx.config.sft_data.response_length
-    stop = parallel.StopVote()
+    stop = processes.StopVote()
     for index, request in enumerate(requests):
         if index % 256 == 0:
             stop.check()
@@ -64,7 +65,7 @@ def _given_responses(
 def run(ctx: Context, artefact: Artefact) -> dict:
     """Samples and stores; `teacher` in the outputs says who wrote the data."""
     problems, requests = prompts(ctx)
-    plan = rollouts.make_plan(ctx, artefact, requests)
+    plan = stream.make_plan(ctx, artefact, requests)
     fields = dict(RESPONSE_FIELDS)
     if given(ctx):
         del fields["behaviour_logprobs"]
@@ -77,15 +78,15 @@ def run(ctx: Context, artefact: Artefact) -> dict:
         sample = common.sampler(ctx, "teacher", params, section, purpose, responses=len(requests))
         return sample(wanted)
 
-    def store(responses: list[Response]) -> rollouts.Finish:
-        records = [rollouts.response_record(r) for r in responses]
+    def store(responses: list[Response]) -> stream.Finish:
+        records = [stream.response_record(r) for r in responses]
         records = [{name: record[name] for name in fields} for record in records]
         return lambda: (records, totals.of_responses(records))
 
     if plan.missing:
-        rollouts.write_responses(artefact, plan, fields, answer, store)
+        stream.write_responses(artefact, plan, fields, answer, store)
     return {
-        **rollouts.finish(ctx, artefact),
+        **stream.finish(ctx, artefact),
         **inputs(ctx),
         "tokenizer": ctx.tokenizer_source,
     }

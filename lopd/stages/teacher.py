@@ -5,10 +5,10 @@ Where no teacher can be downloaded, this stands in for one. Real runs set `teach
 
 import numpy as np
 
-from lopd.artefact import Artefact
-from lopd.context import Context
-from lopd.objectives import cross_entropy
+from lopd.artefacts.artefact import Artefact
+from lopd.objectives.sampled import cross_entropy
 from lopd.stages.common import base_params, make_batches, stage_settings, train_into
+from lopd.stages.run import Context
 
 
 class WorkedAnswers:

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lopd import shutdown
 from lopd.errors import UserError
+from lopd.machine import devices, shutdown
+from lopd.machine.storage import absolute, is_local
 from lopd.main import CONFIG, STAGES, WORKDIR, WORKER, fail, guarded, parse_flags
-from lopd.storage import absolute, is_local
 
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in order; by default the study's.")
 ARMS = flags.DEFINE_list("arms", [], "Arms to run and to show; by default all.")
@@ -86,14 +86,13 @@ def _run_processes(seeds: Sequence[int]) -> None:
 
 
 def _study() -> None:
-    from lopd import parallel
     from lopd.study import design, run
     from lopd.study.store import Store
     from lopd.study.write import write
 
     study = design.load(config_flags.get_config_filename(flags.FLAGS["config"]), CONFIG.value)
     seeds = [int(seed) for seed in SEEDS.value] or [*study.seeds]
-    store = Store(absolute(WORKDIR.value), parallel.make_mesh(study.base.mesh.to_dict()))
+    store = Store(absolute(WORKDIR.value), devices.make_mesh(study.base.mesh.to_dict()))
     arms = run.check(study, store, ARMS.value)
     if PROCESSES.value > 1:
         _run_processes(seeds)

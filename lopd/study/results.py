@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.study.design import Arm, Study
 from lopd.study.run import finished
 from lopd.study.store import Store

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 
-from lopd import pipeline, shutdown
-from lopd.artefact import Artefact
-from lopd.context import Context
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
 from lopd.errors import UserError
+from lopd.machine import shutdown
+from lopd.stages.run import Context
 from lopd.study.design import AFTER, Arm, Study
 from lopd.study.store import Store
 

@@ -16,9 +16,10 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from lopd import pipeline, shutdown
-from lopd.artefact import Artefact
-from lopd.context import Context
+from lopd import pipeline
+from lopd.artefacts.artefact import Artefact
+from lopd.machine import shutdown
+from lopd.stages.run import Context
 
 _POLL_SECONDS = 0.5
 

@@ -14,7 +14,7 @@ from lopd.study.design import Section
 
 MODES = ("greedy", "sampled")
 KINDS = ("sampling", "scoring", "training")
-"""Of costs, after `lopd.accounting`."""
+"""Of costs, after `lopd.artefacts.accounting`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 import lopd
-from lopd.storage import write_atomically
+from lopd.machine.storage import write_atomically
 from lopd.study.design import Arm, Study
 from lopd.study.results import collect
 from lopd.study.store import Store

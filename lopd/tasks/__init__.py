@@ -47,7 +47,7 @@ def make_task(settings: ml_collections.ConfigDict) -> Task:
 
         return Addition(settings.digits)
     if settings.name == "math":
-        from lopd.tasks.math import Math
+        from lopd.tasks.prompts import Math
 
         return Math(settings)
     raise UserError(f"task.name={settings.name!r} must be 'addition' or 'math'")

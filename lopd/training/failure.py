@@ -7,14 +7,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from lopd import parallel
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
 from lopd.data.batches import micro_batches, put_batch
 from lopd.errors import UserError
-from lopd.models import qwen3
-from lopd.models.sharding import on_mesh
-from lopd.objectives import Objective
-from lopd.storage import write_atomically
+from lopd.machine import processes
+from lopd.machine.sharding import on_mesh
+from lopd.machine.storage import write_atomically
+from lopd.models import decoder
+from lopd.objectives.sampled import Objective
 from lopd.training.step import batch_gradients
 
 FAILURE = "failure.json"
@@ -27,9 +27,9 @@ def _record_id(record: dict) -> dict:
 
 
 def _alone(
-    model: qwen3.Qwen3Config,
+    model: decoder.DecoderConfig,
     objective: Objective,
-    params: qwen3.Params,
+    params: decoder.Params,
     layout: dict,
     records: list[dict],
     mesh: Mesh,
@@ -53,15 +53,15 @@ def _alone(
 def forget_overcome(artefact: Artefact, step: int) -> None:
     """Deletes failure.json once the training it stopped has done that step."""
     path = artefact.path / FAILURE
-    if parallel.is_main() and path.exists() and json.loads(path.read_text())["step"] <= step:
+    if processes.is_main() and path.exists() and json.loads(path.read_text())["step"] <= step:
         path.unlink()
 
 
 def stop_with_records(
     artefact: Artefact,
-    model: qwen3.Qwen3Config,
+    model: decoder.DecoderConfig,
     objective: Objective,
-    params: qwen3.Params,
+    params: decoder.Params,
     layout: dict,
     records: list[dict],
     step: int,
@@ -89,7 +89,7 @@ def stop_with_records(
         )
     ]  # fmt: skip
     bad = [entry for entry in entries if not entry["finite"]]
-    if parallel.is_main():
+    if processes.is_main():
         report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
         text = json.dumps({**report, "records": entries}, indent=2)
         write_atomically(artefact.path / FAILURE, text + "\n")

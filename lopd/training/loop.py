@@ -16,15 +16,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from lopd import parallel, shutdown
-from lopd.artefact import Artefact
+from lopd.artefacts.artefact import Artefact
+from lopd.checkpoints import orbax
 from lopd.data.batches import Arrays, put_batch
-from lopd.models import qwen3
-from lopd.objectives import Batch, Objective
-from lopd.progress import MetricsFile, bar, metrics_writers
-from lopd.storage import Growing
-from lopd.training import checkpoints, failure
-from lopd.training.diagnostics import Drift, panel_row, scalars
+from lopd.hardware import peak_flops
+from lopd.machine import processes, shutdown
+from lopd.machine.progress import bar
+from lopd.machine.storage import Growing
+from lopd.models import decoder
+from lopd.models.flops import training_flops
+from lopd.objectives.sampled import Batch, Objective
+from lopd.training import failure
+from lopd.training.drift import Drift, panel_row, scalars
+from lopd.training.metrics_files import MetricsFile, metrics_writers
 from lopd.training.state import (
     TrainState,
     abstract_state,
@@ -33,7 +37,6 @@ from lopd.training.state import (
     make_optimizer,
 )
 from lopd.training.step import make_train_step
-from lopd.training.utilisation import peak_flops, training_flops
 
 
 class Batches(Protocol):
@@ -47,7 +50,7 @@ class Batches(Protocol):
 
     def reader(
         self, start: int, stop: int, put: Callable[[Arrays], Batch]
-    ) -> Callable[[int, qwen3.Params], tuple[Batch, dict[str, float]]]:
+    ) -> Callable[[int, decoder.Params], tuple[Batch, dict[str, float]]]:
         """To be called with each of the steps start … stop − 1, from 0, and the parameters before.
 
         It gives this process's part of the batch, after `put`, and columns for the step's row. It
@@ -64,7 +67,7 @@ class Rounds(Protocol):
     def due(self, step: int, heldout: dict | None) -> bool:
         """Whether a round begins after this step; `heldout` is what its drift look found."""
 
-    def open(self, step: int, params: qwen3.Params) -> tuple[Batches, Drift | None]:
+    def open(self, step: int, params: decoder.Params) -> tuple[Batches, Drift | None]:
         """The batches and the drift panel after `step` steps. May take long, and be stopped.
 
         What `params` of that step are needed for happens once, when its round begins.
@@ -95,7 +98,7 @@ class _Log:
     def __init__(
         self,
         artefact: Artefact,
-        model: qwen3.Qwen3Config,
+        model: decoder.DecoderConfig,
         recipe: ml_collections.ConfigDict,
         metrics: ml_collections.ConfigDict,
         mesh: Mesh,
@@ -105,7 +108,7 @@ class _Log:
         settings = artefact.manifest["settings"]
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
         self._drift = None
-        if drift and parallel.is_main():
+        if drift and processes.is_main():
             self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
@@ -203,8 +206,8 @@ class _Profile:
 def _resume(
     manager: ocp.CheckpointManager,
     artefact: Artefact,
-    model: qwen3.Qwen3Config,
-    initial_params: qwen3.Params,
+    model: decoder.DecoderConfig,
+    initial_params: decoder.Params,
     optimizer: Any,
     mesh: Mesh,
     steps: int,
@@ -212,8 +215,8 @@ def _resume(
 ) -> tuple[int, TrainState]:
     """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
     abstract = abstract_state(model, optimizer, mesh)
-    checkpoints.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
-    start, state = checkpoints.restore_newest(manager, abstract, _identity(artefact))
+    orbax.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
+    start, state = orbax.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
         return start, create_state(model, optimizer, initial_params, mesh)
     # What was saved when a step was not finite still says so, which would hold back every update.
@@ -227,8 +230,8 @@ def _identity(artefact: Artefact) -> dict:
 
 def train(
     artefact: Artefact,
-    model: qwen3.Qwen3Config,
-    initial_params: qwen3.Params,
+    model: decoder.DecoderConfig,
+    initial_params: decoder.Params,
     batches: Batches,
     objective: Objective,
     recipe: ml_collections.ConfigDict,
@@ -239,7 +242,7 @@ def train(
     drift: Drift | None = None,
     rounds: Rounds | None = None,
     router_coefficient: float = 0.0,
-) -> qwen3.Params:
+) -> decoder.Params:
     """Trains for `recipe.steps` steps and returns the parameters.
 
     Continues from the newest good checkpoint under the artefact, if there is one: batch n is a
@@ -270,8 +273,8 @@ def train(
     step_fn = make_train_step(model, optimizer, objective, mesh, runtime.remat, router_coefficient)
     directory, keep = artefact.path / "checkpoints", runtime.keep_checkpoints
     with (
-        checkpoints.full_disk_is_an_os_error(),
-        checkpoints.open_manager(directory, keep, runtime.keep_every) as manager,
+        orbax.full_disk_is_an_os_error(),
+        orbax.open_manager(directory, keep, runtime.keep_every) as manager,
     ):
         start, state = _resume(
             manager, artefact, model, initial_params, optimizer, mesh, recipe.steps, runtime
@@ -309,7 +312,7 @@ class _Loop:
     state: TrainState
 
     def __post_init__(self):
-        self.stop = parallel.StopVote()
+        self.stop = processes.StopVote()
         self.profile = _Profile(self.artefact, self.runtime.profile_steps)
 
     def run_rounds(self, start: int, last: int) -> None:
@@ -378,7 +381,7 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         self.log.sync()
-        checkpoints.save_state(self.manager, step, self.state, _identity(self.artefact))
+        orbax.save_state(self.manager, step, self.state, _identity(self.artefact))
         failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:

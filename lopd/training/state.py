@@ -8,8 +8,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lopd import parallel
-from lopd.models import qwen3
+from lopd.machine import devices
+from lopd.models import decoder
+from lopd.models.shardings import param_shardings
 
 
 @flax.struct.dataclass
@@ -21,7 +22,7 @@ class TrainState:
     finite: jax.Array
     """bool, false from the first non-finite loss or gradient on; then nothing changes any more,
     until a run goes on from the saved state."""
-    params: qwen3.Params
+    params: decoder.Params
     opt_state: optax.OptState
 
 
@@ -39,7 +40,7 @@ def learning_rate_schedule(recipe: ml_collections.ConfigDict) -> optax.Schedule:
     return lambda count: joined(count + 1 if recipe.warmup_steps else count)
 
 
-def _decayed(params: qwen3.Params) -> qwen3.Params:
+def _decayed(params: decoder.Params) -> decoder.Params:
     """True for matrices; norm scales and the embedding are not decayed."""
 
     def decays(path, _):
@@ -89,12 +90,12 @@ def _moment_sharding(moment, param, sharding: NamedSharding) -> NamedSharding:
 
 
 def state_shardings(
-    config: qwen3.Qwen3Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: decoder.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The sharding of every leaf of the state; moments lie where their parameter lies."""
-    params = qwen3.abstract_params(config)
-    shardings = parallel.param_shardings(config, mesh)
-    replicated = parallel.replicated(mesh)
+    params = decoder.abstract_params(config)
+    shardings = param_shardings(config, mesh)
+    replicated = devices.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         _moment_sharding,
@@ -107,9 +108,9 @@ def state_shardings(
 
 
 def create_state(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     optimizer: optax.GradientTransformation,
-    params: qwen3.Params,
+    params: decoder.Params,
     mesh: Mesh,
 ) -> TrainState:
     """A fresh state that starts from `params`."""
@@ -123,14 +124,14 @@ def create_state(
 
 
 def abstract_state(
-    config: qwen3.Qwen3Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: decoder.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, types and shardings of the state, to restore a checkpoint into."""
-    params = qwen3.abstract_params(config)
+    params = decoder.abstract_params(config)
     shapes = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.bool),
         params,
         jax.eval_shape(optimizer.init, params),
     )
-    return parallel.with_shardings(shapes, state_shardings(config, optimizer, mesh))
+    return devices.with_shardings(shapes, state_shardings(config, optimizer, mesh))

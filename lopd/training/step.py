@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from lopd.data.batches import RESPONSE_STATS
-from lopd.models import qwen3
-from lopd.models.sharding import on_mesh
-from lopd.objectives import SEQUENCE_LOG_RATIO, Batch, Objective
-from lopd.parallel import replicated
-from lopd.scoring import TokenScores, token_scores
+from lopd.machine.devices import replicated
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder
+from lopd.models.token_scores import TokenScores, token_scores
+from lopd.objectives.sampled import SEQUENCE_LOG_RATIO, Batch, Objective
 from lopd.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -22,15 +22,17 @@ Metrics = dict[str, jax.Array]
 _NOT_MEANS = ("loss", "router_loss", "tokens", SEQUENCE_LOG_RATIO)
 
 
-def _token_scores(params: qwen3.Params, hidden_BTD: jax.Array, micro: Batch) -> TokenScores:
+def _token_scores(params: decoder.Params, hidden_BTD: jax.Array, micro: Batch) -> TokenScores:
     """Scores of the targets and, where a batch carries the teacher's top-K, of these tokens."""
-    head, at_ids = qwen3.output_head(params), micro.get("teacher_topk_ids")
+    head, at_ids = decoder.output_head(params), micro.get("teacher_topk_ids")
     return token_scores(hidden_BTD, head, micro["targets"], at_ids_BTK=at_ids)
 
 
-def forward_scores(config: qwen3.Qwen3Config, params: qwen3.Params, micro: Batch) -> TokenScores:
+def forward_scores(
+    config: decoder.DecoderConfig, params: decoder.Params, micro: Batch
+) -> TokenScores:
     """What the model says of each target of a micro-batch; keeps nothing for a gradient."""
-    hidden, _ = qwen3.forward(
+    hidden, _ = decoder.forward(
         config, params, micro["tokens"], micro["positions"], micro["segment_ids"]
     )
     return _token_scores(params, hidden, micro)
@@ -55,9 +57,9 @@ def score_sums(
 
 
 def micro_loss(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     objective: Objective,
-    params: qwen3.Params,
+    params: decoder.Params,
     micro: Batch,
     *,
     responses: int,
@@ -67,15 +69,15 @@ def micro_loss(
     """`score_sums` of the training forward pass, with `loss` among the sums.
 
     Args:
-      remat: what the backward pass keeps, a key of `qwen3.REMAT_POLICIES`.
+      remat: what the backward pass keeps, a key of `decoder.REMAT_POLICIES`.
       router_weight: if given, what the router's load-balancing loss is multiplied by and added to
         what is differentiated; the `loss` among the sums stays without it.
     """
     inputs = (config, params, micro["tokens"], micro["positions"], micro["segment_ids"])
     if router_weight is None:
-        hidden, router_loss = qwen3.forward(*inputs, remat=remat)[0], None
+        hidden, router_loss = decoder.forward(*inputs, remat=remat)[0], None
     else:
-        hidden, router_loss = qwen3.forward_with_router_loss(*inputs, remat=remat)
+        hidden, router_loss = decoder.forward_with_router_loss(*inputs, remat=remat)
     scores = _token_scores(params, hidden, micro)
     loss, sums = score_sums(objective, scores, micro, responses)
     sums["loss"] = loss
@@ -132,13 +134,13 @@ def named_stats(batch: Batch) -> Metrics:
 
 
 def batch_gradients(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     objective: Objective,
-    params: qwen3.Params,
+    params: decoder.Params,
     batch: Batch,
     remat: str = "full",
     router_coefficient: float = 0.0,
-) -> tuple[qwen3.Params, Metrics]:
+) -> tuple[decoder.Params, Metrics]:
     """Gradient and metrics of one global batch, accumulated over its used micro-batches.
 
     All sums are float32. Each layer's gradient is added where the total lies, so that no second
@@ -158,7 +160,7 @@ def batch_gradients(
     first = first_micro_batch(batch)
     if len(batch["tokens"]) == 1:
         # Nothing to add up, so gradients stay in the type they are computed in until they are used.
-        cast = qwen3.compute_params(config, params)
+        cast = decoder.compute_params(config, params)
         grads, sums = jax.grad(loss_of, has_aux=True)(cast, first)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     else:
@@ -176,7 +178,7 @@ def batch_gradients(
 
 
 def make_train_step(
-    config: qwen3.Qwen3Config,
+    config: decoder.DecoderConfig,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     mesh: Mesh,
@@ -185,7 +187,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer update on one global batch; the state is donated.
 
-    `remat` is what the backward pass keeps, a key of `qwen3.REMAT_POLICIES`.
+    `remat` is what the backward pass keeps, a key of `decoder.REMAT_POLICIES`.
 
     An update whose loss or gradient is not finite is not made, and none after it: the state
     stays that of the last good step, for the caller to save and look at.

@@ -1,0 +1,365 @@
+"""Qwen3's weights in Hugging Face's format, in and out: one table says where every tensor goes.
+
+Weights travel one tensor at a time from the files straight into their sharding on the mesh, and
+one file at a time back, so that the host never holds a model.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lopd.artefacts.artefact import MANIFEST, open_complete
+from lopd.checkpoints import safetensors_file
+from lopd.checkpoints.hf_config import CONFIG, checkpoint_config, config_to_hf, read_json
+from lopd.checkpoints.safetensors_file import StoredTensor
+from lopd.errors import UserError
+from lopd.machine import processes, sharding
+from lopd.machine.storage import check_url, is_local, write_atomically
+from lopd.models import decoder
+from lopd.models.decoder import DecoderConfig, Params
+from lopd.models.shardings import check_divisible, param_shardings
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 2_000_000_000
+"""Export holds one shard in host memory."""
+
+_NAMES = {
+    ("embed",): "model.embed_tokens.weight",
+    ("final_norm",): "model.norm.weight",
+    ("lm_head",): "lm_head.weight",
+    ("layers", "input_norm"): "model.layers.{}.input_layernorm.weight",
+    ("layers", "post_attention_norm"): "model.layers.{}.post_attention_layernorm.weight",
+    ("layers", "attention", "q"): "model.layers.{}.self_attn.q_proj.weight",
+    ("layers", "attention", "k"): "model.layers.{}.self_attn.k_proj.weight",
+    ("layers", "attention", "v"): "model.layers.{}.self_attn.v_proj.weight",
+    ("layers", "attention", "o"): "model.layers.{}.self_attn.o_proj.weight",
+    ("layers", "attention", "q_norm"): "model.layers.{}.self_attn.q_norm.weight",
+    ("layers", "attention", "k_norm"): "model.layers.{}.self_attn.k_norm.weight",
+}
+_DENSE_NAMES = {
+    ("layers", "mlp", "gate"): "model.layers.{}.mlp.gate_proj.weight",
+    ("layers", "mlp", "up"): "model.layers.{}.mlp.up_proj.weight",
+    ("layers", "mlp", "down"): "model.layers.{}.mlp.down_proj.weight",
+}
+_MOE_NAMES = {
+    ("layers", "mlp", "router"): "model.layers.{}.mlp.gate.weight",
+    ("layers", "mlp", "gate"): "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    ("layers", "mlp", "up"): "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    ("layers", "mlp", "down"): "model.layers.{}.mlp.experts.{}.down_proj.weight",
+}
+"""Our parameter → the file's names; each {} counts along one leading axis of ours."""
+
+_HEAD = _NAMES[("lm_head",)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The part of one of our parameters that a file's tensor holds."""
+
+    param: tuple[str, ...]
+    index: tuple[int, ...]
+    """Along the leading axes: layer, or layer and expert."""
+    shape: tuple[int, ...]
+    """In the file."""
+    transposed: bool
+    """The file has PyTorch's [out, in], where we have [in, out] with heads as their own axis."""
+
+
+def _places(config: DecoderConfig) -> dict[str, _Place]:
+    """Where every tensor of a checkpoint goes, by its name in the file."""
+    names = _NAMES | (_MOE_NAMES if config.num_experts else _DENSE_NAMES)
+    places = {}
+    for param, leaf in flatten_dict(decoder.abstract_params(config)).items():
+        stacked = names[param].count("{}")
+        shape = leaf.shape[stacked:]
+        transposed = param[0] == "layers" and len(shape) > 1
+        if transposed:
+            inputs = 2 if param[-1] == "o" else 1
+            shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        for index in np.ndindex(*leaf.shape[:stacked]):
+            places[names[param].format(*index)] = _Place(param, index, shape, transposed)
+    return places
+
+
+def _file_sharding(
+    config: DecoderConfig, mesh: Mesh
+) -> dict[tuple[str, ...], tuple[NamedSharding, NamedSharding]]:
+    """For each parameter: its sharding, and that of one of its tensors in the file's layout."""
+    shardings = flatten_dict(param_shardings(config, mesh))
+    axes = flatten_dict(decoder.logical_axes(config))
+    result = {}
+    for place in _places(config).values():
+        if place.param in result:
+            continue
+        names = axes[place.param][len(place.index) :]
+        if place.transposed:
+            names = [name for name in reversed(names) if name != "head_dim"]
+        spec = PartitionSpec(*(sharding.RULES[name] for name in names))
+        result[place.param] = shardings[place.param], NamedSharding(mesh, spec)
+    return result
+
+
+# Import
+
+
+def resolve_checkpoint(name_or_path: str) -> epath.Path:
+    """The folder of a checkpoint: an existing folder, or a model of the Hugging Face hub.
+
+    A hub name (`organisation/model`) is downloaded through `huggingface_hub`, with its own
+    conventions for the token (`HF_TOKEN`), the cache (`HF_HOME`) and working offline.
+
+    Raises:
+      UserError: if there is no such folder and it cannot be had from the hub; for a URL; or if
+        it is an unfinished artefact of `export`.
+    """
+    check_url(name_or_path)
+    if not is_local(name_or_path):
+        raise UserError(
+            f"checkpoint {name_or_path}: safetensors are read from a local folder or the Hugging "
+            "Face hub; copy it here (gcloud storage cp -r), or give its name at the hub"
+        )
+    path = epath.Path(name_or_path)
+    if (path / MANIFEST).exists():
+        open_complete(path, "checkpoint")
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) or name_or_path.startswith("."):
+        raise UserError(f"checkpoint {name_or_path}: there is no such folder")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"checkpoint {name_or_path}: there is no such folder, and the Hugging Face hub did "
+            f"not give it ({type(error).__name__}: {reason}); check name, HF_TOKEN and network, "
+            "or give a local folder"
+        ) from error
+    return epath.Path(folder)
+
+
+def _weight_files(path: epath.Path) -> list[epath.Path]:
+    """The safetensors files of a checkpoint, from its index where it has one."""
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}: no weights to read")
+    names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise UserError(f"{path / INDEX} names {', '.join(missing)}, which is not there")
+    return [path / name for name in names]
+
+
+def _stored_tensors(path: epath.Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint's files, by name; reads headers only."""
+    stored = {}
+    for file in _weight_files(path):
+        for name, tensor in safetensors_file.read_header(file).items():
+            if name in stored:
+                raise UserError(f"{name} is in both {stored[name].path.name} and {file}")
+            stored[name] = tensor
+    return stored
+
+
+def _some(names: set[str]) -> str:
+    """A few of the names, and how many more there are."""
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+def _check_tensors(
+    path: epath.Path, places: Mapping[str, _Place], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Every tensor of the table is there once, with its shape, and there is no other."""
+    if missing := places.keys() - stored.keys():
+        raise UserError(f"{path} lacks {_some(missing)}")
+    if unexpected := stored.keys() - places.keys():
+        raise UserError(
+            f"{path} has {_some(unexpected)}, which its config.json does not account for"
+        )
+    for name, place in places.items():
+        if stored[name].shape != place.shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(stored[name].shape)}, its config.json says "
+                f"{list(place.shape)}"
+            )
+
+
+def _put(tensor: StoredTensor, sharding: NamedSharding) -> jax.Array:
+    """A tensor on the devices; each takes its part only."""
+    values = tensor.read()
+    return jax.make_array_from_callback(tensor.shape, sharding, values.__getitem__)
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "sharding"), donate_argnums=0)
+def _insert(param, tensor, index, *, transposed, sharding):
+    """`param` with one file tensor written into it, in place."""
+    part = tensor.T if transposed else tensor
+    part = part.astype(param.dtype).reshape((1,) * len(index) + param.shape[len(index) :])
+    start = (*index, *(0,) * (param.ndim - len(index)))
+    return jax.lax.with_sharding_constraint(
+        jax.lax.dynamic_update_slice(param, part, start), sharding
+    )
+
+
+@jax.jit
+def _all_equal(param, tensor):
+    return jnp.all(param == tensor.astype(param.dtype))
+
+
+def load_checkpoint(
+    path: epath.Path, mesh: Mesh, *, param_dtype: str = "float32"
+) -> tuple[DecoderConfig, Params]:
+    """A checkpoint's shape and weights, read straight into their sharding on the mesh.
+
+    All headers are checked before any weight is read. The host holds one tensor at a time.
+
+    Args:
+      path: a folder with `config.json` and safetensors, in one file or in shards with an index
+        (`resolve_checkpoint` finds it from a hub name).
+      mesh: the devices.
+      param_dtype: type of the parameters: float32 for training, bfloat16 for a frozen model.
+
+    Raises:
+      UserError: if the config is refused (`config_from_hf`), if the shape does not divide over
+        the mesh, or if a tensor is missing, unknown, there twice, misshapen or cut short.
+    """
+    path = epath.Path(path)
+    config = checkpoint_config(path)
+    check_divisible(config, mesh, str(path))
+    places, stored = _places(config), _stored_tensors(path)
+    # Some files of tied models repeat the embedding as the head.
+    repeated_head = stored.pop(_HEAD, None) if config.tie_word_embeddings else None
+    _check_tensors(path, places, stored)
+
+    shardings = _file_sharding(config, mesh)
+    params = {
+        param: jnp.zeros(leaf.shape, param_dtype, device=shardings[param][0])
+        for param, leaf in flatten_dict(decoder.abstract_params(config)).items()
+    }
+    for name, tensor in sorted(stored.items(), key=lambda x: (str(x[1].path), x[0])):
+        place = places[name]
+        sharding, file_sharding = shardings[place.param]
+        params[place.param] = _insert(
+            params[place.param],
+            _put(tensor, file_sharding),
+            place.index,
+            transposed=place.transposed,
+            sharding=sharding,
+        )
+        # Dispatch is asynchronous: without this, tensors would queue up on the host.
+        params[place.param].block_until_ready()
+    if repeated_head is not None:
+        _check_repeated_head(path, params[("embed",)], repeated_head)
+    return config, unflatten_dict(params)
+
+
+def _check_repeated_head(path: epath.Path, embed: jax.Array, head: StoredTensor) -> None:
+    """Refuses a head that is not the embedding, in a model that says they are tied."""
+    same = head.shape == embed.shape and bool(_all_equal(embed, _put(head, embed.sharding)))
+    if not same:
+        raise UserError(
+            f"{path}: {_HEAD} differs from the embedding, but its config.json says "
+            "tie_word_embeddings; one of them is wrong"
+        )
+
+
+# Export
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "transposed", "dtype"))
+def _extract(param, index, *, shape, transposed, dtype):
+    """One tensor in the file's layout and type."""
+    sizes = (1,) * len(index) + param.shape[len(index) :]
+    start = (*index, *(0,) * (param.ndim - len(index)))
+    part = jax.lax.dynamic_slice(param, start, sizes).astype(dtype)
+    return part.reshape(shape[::-1]).T if transposed else part.reshape(shape)
+
+
+def _shards(places: Mapping[str, _Place], itemsize: int, limit: int) -> list[dict[str, tuple]]:
+    """The tensors' shapes in groups of at most `limit` bytes (a larger tensor stands alone)."""
+    shards, used = [{}], 0
+    for name, place in places.items():
+        nbytes = math.prod(place.shape) * itemsize
+        if shards[-1] and used + nbytes > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = place.shape
+        used += nbytes
+    return shards
+
+
+def save_checkpoint(
+    path: epath.Path,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    end_id: int,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that Transformers' `from_pretrained` loads; the host holds one file of it.
+
+    With several processes, all must call it, and the first one writes.
+
+    Args:
+      path: the folder; it must exist.
+      config: the model's shape.
+      params: its (stacked) parameters, on any mesh.
+      end_id: the token that ends a response.
+      dtype: type of the stored weights; that of the parameters when None.
+      max_shard_bytes: weights beyond this go to further files, listed in an index.
+    """
+    path = epath.Path(path)
+    flat, places = flatten_dict(params), _places(config)
+    dtype = jnp.dtype(dtype or flat[("embed",)].dtype)
+    shards = _shards(places, dtype.itemsize, max_shard_bytes)
+
+    def load(name: str) -> np.ndarray:
+        place = places[name]
+        part = _extract(
+            flat[place.param],
+            place.index,
+            shape=place.shape,
+            transposed=place.transposed,
+            dtype=dtype,
+        )
+        return multihost_utils.process_allgather(part, tiled=True)
+
+    count, files = len(shards), [WEIGHTS]
+    if count > 1:
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if not processes.is_main():
+        for name in itertools.chain(*shards):
+            load(name)  # takes part in the gathering
+        return
+    for file, shapes in zip(files, shards, strict=True):
+        safetensors_file.write(path / file, {name: load(name) for name in shapes})
+    if count > 1:
+        total = sum(math.prod(place.shape) for place in places.values()) * dtype.itemsize
+        weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
+        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(path / CONFIG, config_to_hf(config, end_id, dtype.name))
+    _write_json(path / "generation_config.json", {"eos_token_id": end_id, "do_sample": False})
+
+
+def _write_json(path: epath.Path, value: dict) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,25 @@
+"""How much of the hardware training uses: model FLOPs by formula over the devices' peak."""
+
+from lopd.models.decoder import DecoderConfig
+
+
+def training_flops(config: DecoderConfig, positions: float, positions_squared: float) -> float:
+    """Model FLOPs of a forward and a backward pass; recomputation does not count.
+
+    Six per matmul weight and position (of a mixture of experts, the chosen ones), and for causal
+    attention six per layer, head dimension and pair of positions.
+
+    Args:
+      config: the model's shape.
+      positions: of all sequences together.
+      positions_squared: Σ of each sequence's length squared.
+    """
+    D, N = config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    mlp = 3 * D * config.intermediate_size
+    if config.num_experts:
+        chosen = config.num_experts_per_tok * config.moe_intermediate_size
+        mlp = 3 * D * chosen + D * config.num_experts
+    layer = 2 * D * H * N + 2 * D * K * N + mlp
+    weights = config.num_hidden_layers * layer + config.vocab_size * D
+    return 6 * weights * positions + 6 * config.num_hidden_layers * H * N * positions_squared

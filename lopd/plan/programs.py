@@ -1,0 +1,145 @@
+"""The jitted programs of a run, lowered for the shapes of their arguments, ready to be compiled.
+
+Nothing here holds an array: a program can be lowered for devices that do not exist.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
+
+from lopd.data.batches import RESPONSE_STATS
+from lopd.data.packing import TokenField
+from lopd.machine import devices
+from lopd.machine.sharding import on_mesh
+from lopd.models import decoder
+from lopd.models.kv_cache import CACHE_SPEC
+from lopd.models.shardings import param_shardings
+from lopd.objectives.sampled import Objective
+from lopd.rollouts.scoring import score_rows
+from lopd.sampling import decode
+from lopd.sampling.draw import Truncation
+from lopd.sampling.engine import PROMPTS_PER_CALL, group_shape, prompts_at_once, row_shards
+from lopd.sampling.placement import sampling_mesh
+from lopd.training.state import abstract_state, make_optimizer
+from lopd.training.step import make_train_step
+
+INT_FIELDS = ("tokens", "targets", "positions", "segment_ids")
+OPD_FIELDS = ("teacher_logprobs", "ref_logprobs")
+
+
+def _arrays(names, shape, dtype, sharding) -> dict:
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name in names}
+
+
+def _params(model: decoder.DecoderConfig, mesh: Mesh, dtype: str) -> decoder.Params:
+    """Stacked parameters in one type, in their sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        decoder.abstract_params(model),
+        param_shardings(model, mesh),
+    )
+
+
+def train_step(
+    model: decoder.DecoderConfig,
+    recipe: ml_collections.ConfigDict,
+    objective: Objective,
+    mesh: Mesh,
+    token_fields: Sequence[str | TokenField] = OPD_FIELDS,
+    *,
+    micro_batches: int,
+    rows: int,
+    row_length: int,
+    remat: str = "full",
+) -> Lowered:
+    """The optimizer step over `micro_batches` of `rows` packed rows."""
+    optimizer = make_optimizer(recipe)
+    shape, sharding = (micro_batches, rows, row_length), devices.rows_sharding(mesh, leading=1)
+    scalars = [field for field in token_fields if isinstance(field, str)]
+    batch = {
+        **_arrays(INT_FIELDS, shape, jnp.int32, sharding),
+        **_arrays(("mask",), shape, jnp.bool_, sharding),
+        **_arrays(("weights", *scalars), shape, jnp.float32, sharding),
+        **_arrays(("response_stats",), (*shape[:2], len(RESPONSE_STATS)), jnp.float32, sharding),
+        **_arrays(("num_micro",), (), jnp.int32, devices.replicated(mesh)),
+    }
+    for field in token_fields:
+        if isinstance(field, TokenField):
+            batch |= _arrays((field.name,), (*shape, field.width), field.dtype, sharding)
+    step = make_train_step(model, optimizer, objective, mesh, remat)
+    return step.lower(abstract_state(model, optimizer, mesh), batch)
+
+
+def scoring(
+    model: decoder.DecoderConfig, mesh: Mesh, *, rows: int, row_length: int, dtype: str
+) -> Lowered:
+    """The forward pass that scores `rows` packed rows, by weights held in `dtype`."""
+    sharding = devices.rows_sharding(mesh)
+    batch = _arrays(INT_FIELDS, (rows, row_length), jnp.int32, sharding)
+    return score_rows.lower(model, mesh, 0, _params(model, mesh, dtype), batch)
+
+
+def _sampling_arguments(model, mesh: Mesh, slots: int, capacity: int) -> tuple:
+    """Weights, one dict per layer, and the state of all rows, as the sampler lays them out."""
+    params = _params(model, mesh, model.dtype)
+
+    def layer(x):
+        spec = PartitionSpec(*x.sharding.spec[1:])
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=NamedSharding(mesh, spec))
+
+    params["layers"] = (jax.tree.map(layer, params["layers"]),) * model.num_hidden_layers
+    with on_mesh(mesh):
+        rows, cache_rows = group_shape(model, slots, capacity, mesh)
+    state = jax.eval_shape(lambda: decode.empty_state(model, rows, cache_rows, capacity))
+    return params, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(mesh, CACHE_SPEC if x.ndim == 4 else PartitionSpec()),
+        ),
+        state,
+    )
+
+
+def prefill(
+    model: decoder.DecoderConfig, mesh: Mesh, *, slots: int, capacity: int, length: int
+) -> Lowered:
+    """Reading a call's worth of prompts of `length` tokens into rows."""
+    mesh = sampling_mesh(model, mesh)
+    whole = devices.replicated(mesh)
+    at_once = prompts_at_once(length, row_shards(mesh), mesh.devices.flat[0].platform)
+    size = max(PROMPTS_PER_CALL, at_once)
+
+    def array(dtype, *shape: int):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    ints, ids = array(jnp.int32, size), array(jnp.uint32, size)
+    tokens = array(jnp.int32, size, length)
+    prompts = decode.Prompts(array(jnp.int32), tokens, ints, ints, ids, ids)
+    arguments = _sampling_arguments(model, mesh, slots, capacity)
+    with on_mesh(mesh):
+        return decode.prefill.lower(model, at_once, *arguments, prompts)
+
+
+def decoding(
+    model: decoder.DecoderConfig,
+    mesh: Mesh,
+    *,
+    slots: int,
+    capacity: int,
+    steps: int,
+    truncation: Truncation,
+) -> Lowered:
+    """Decoding `steps` tokens in all slots."""
+    mesh = sampling_mesh(model, mesh)
+    whole = devices.replicated(mesh)
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)  # noqa: E731
+    end_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
+    arguments = (*_sampling_arguments(model, mesh, slots, capacity), scalar(jnp.uint32))
+    arguments += (scalar(jnp.float32), end_ids, scalar(jnp.int32))
+    with on_mesh(mesh):
+        return decode.decode.lower(model, steps, truncation, *arguments)

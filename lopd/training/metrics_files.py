@@ -1,0 +1,175 @@
+"""Where a training step's row goes: metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from lopd.machine import processes, shutdown
+from lopd.machine.storage import Growing, write_atomically
+
+
+class MetricsFile:
+    """`metrics.jsonl` and its like: one JSON object per line, in order, also after a resume.
+
+    In a bucket, rows show after `sync` and at the end.
+    """
+
+    def __init__(self, path: epath.Path, resume_step: int = 0):
+        """Opens the file, dropping what an interrupted run wrote after `resume_step`."""
+        kept = []
+        if resume_step and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break  # the last line of a killed run
+                if row["step"] <= resume_step:
+                    kept.append(line)
+        self._growing = Growing(path)
+        write_atomically(self._growing.local, "".join(line + "\n" for line in kept))
+        self._file = self._growing.local.open("a")
+
+    def write(self, row: dict) -> None:
+        """Appends one row; a number that is not finite becomes null, which JSON has."""
+        row = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in row.items()
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes the rows so far outlast the machine."""
+        self._growing.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+        self._growing.sync()
+
+
+def flat(row: dict, prefix: str = "") -> Iterator[tuple[str, float | dict]]:
+    """(name, number) of all that a row holds but its step: "loss", "heldout/chi2_ci95/00".
+
+    A histogram ("edges" and "counts" of its bins) stays whole; what is None is left out.
+    """
+    for name, x in row.items():
+        if isinstance(x, list):
+            x = {f"{i:02}": item for i, item in enumerate(x)}
+        if isinstance(x, dict) and x.keys() != {"edges", "counts"}:
+            yield from flat(x, f"{prefix}{name}/")
+        elif x is not None and name != "step":
+            yield f"{prefix}{name}", x
+
+
+def _tensorboard_histogram(histogram: dict) -> dict:
+    """A histogram as arguments of tensorboardX; its sums are those of the bins' middles."""
+    edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"])
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {
+        "min": float(edges[0]),
+        "max": float(edges[-1]),
+        "num": int(counts.sum()),
+        "sum": float(counts @ middles),
+        "sum_squares": float(counts @ middles**2),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": counts.tolist(),
+    }
+
+
+class TensorBoard:
+    """The same rows as TensorBoard event files; in a bucket, after `sync` and at the end."""
+
+    def __init__(self, path: epath.Path, resume_step: int = 0):
+        # 1 s, which a run that does not train need not wait for.
+        from tensorboardX import event_file_writer, proto, summary
+
+        self._summary, self._event = summary, proto.event_pb2.Event
+        self._growing = Growing(path)
+        self._growing.local.mkdir(parents=True, exist_ok=True)
+        # Not SummaryWriter: it hands events to a thread, and what a checkpoint is to follow could
+        # still be in its queue when the run is killed.
+        self._writer = event_file_writer.EventsWriter(str(self._growing.local / "events"))
+        # What an interrupted run wrote after `resume_step` is marked as void.
+        void, start = resume_step + 1, proto.event_pb2.SessionLog.START
+        session = proto.event_pb2.SessionLog(status=start)
+        self._writer.write_event(self._event(step=void, file_version="brain.Event:2"))
+        self._writer.write_event(self._event(step=void, session_log=session))
+
+    def write(self, row: dict) -> None:
+        """Adds the scalars and histograms of one row."""
+        for name, x in flat(row):
+            if isinstance(x, dict):
+                summary = self._summary.histogram_raw(name, **_tensorboard_histogram(x))
+            else:
+                summary = self._summary.scalar(name, x)
+            event = self._event(summary=summary, step=row["step"], wall_time=time.time())
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def sync(self) -> None:
+        """Makes the rows so far outlast the machine."""
+        self._growing.sync()
+
+    def close(self) -> None:
+        """Writes what is still in memory and closes the file."""
+        self._writer.close()
+        self._growing.sync()
+
+
+class WandB:
+    """The same rows at Weights & Biases; a continued run goes on in the same place."""
+
+    def __init__(self, project: str, path: epath.Path, settings: dict, resume_step: int = 0):
+        import wandb  # optional: `lopd.config.validate` has looked for it
+
+        # Kept beside the rows: a stage that begins anew is another run, also in a folder of the
+        # same name, and W&B takes no row of a step that it has.
+        kept = path / "wandb_id"
+        if not (resume_step and kept.exists()):
+            write_atomically(kept, secrets.token_hex(8))
+        self._histogram = wandb.Histogram
+        self._run = wandb.init(
+            project=project,
+            name=os.fspath(path),
+            id=kept.read_text(),
+            resume="allow",
+            config=settings,
+        )
+
+    def write(self, row: dict) -> None:
+        """Reports one row."""
+        values = {
+            name: self._histogram(np_histogram=(x["counts"], x["edges"]))
+            if isinstance(x, dict)
+            else x
+            for name, x in flat(row)
+        }
+        self._run.log(values, step=row["step"])
+
+    def sync(self) -> None:
+        """Nothing: the rows are sent as they come."""
+
+    def close(self) -> None:
+        """Ends the report; called while an error passes through, it is that of a failed run."""
+        passing = sys.exc_info()[0]
+        self._run.finish(exit_code=int(passing not in (None, shutdown.Stopped)))
+
+
+def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:
+    """Where each step's row goes, as the section `metrics` of the settings says."""
+    if not processes.is_main():
+        return []
+    writers = [MetricsFile(path / "metrics.jsonl", resume_step)]
+    if metrics.tensorboard:
+        writers.append(TensorBoard(path / "tensorboard", resume_step))
+    if metrics.wandb:
+        writers.append(WandB(metrics.wandb, path, settings, resume_step))
+    return writers
