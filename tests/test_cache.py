@@ -313,7 +313,7 @@ def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
     parquet.to_parquet(make_top_k_cache(tmp_path / "a"), file)
     table = pyarrow.parquet.read_table(file)
     finished = pyarrow.array([not x for x in table.column("finished").to_pylist()])
-    changed = table.set_column(table.get_field_index("finished"), "finished", finished)
+    changed = table.set_column(table.column_names.index("finished"), "finished", finished)
     changed = changed.replace_schema_metadata(table.metadata)
     pyarrow.parquet.write_table(changed, file, row_group_size=5)
     with pytest.raises(UserError, match="row group 0: its content is not what it was"):

@@ -1,15 +1,14 @@
-"""The settings of a run, and the table of its stages."""
+"""The settings of a run, and the table of its stages: pure data, below everything else."""
 
+from lopd.config.catalogue import DEFAULT_STAGES, STAGES
+from lopd.config.paper import paper_config
 from lopd.config.settings import (
-    DEFAULT_STAGES,
     MATH_PROMPT,
-    STAGES,
     base_config,
     model_section,
-    paper_config,
+    read_settings,
     sampling_section,
     training_recipe,
-    validate,
 )
 
 __all__ = [
@@ -19,7 +18,7 @@ __all__ = [
     "base_config",
     "model_section",
     "paper_config",
+    "read_settings",
     "sampling_section",
     "training_recipe",
-    "validate",
 ]
