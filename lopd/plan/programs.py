@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
+from lopd.config.settings import TrainingRecipe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
@@ -46,7 +46,7 @@ def _params(model: decoder.DecoderConfig, mesh: Mesh, dtype: str) -> decoder.Par
 
 def train_step(
     model: decoder.DecoderConfig,
-    recipe: ml_collections.ConfigDict,
+    recipe: TrainingRecipe,
     objective: Objective,
     mesh: Mesh,
     token_fields: Sequence[str | TokenField] = OPD_FIELDS,
