@@ -10,6 +10,7 @@ from lopd.checkpoints import orbax
 from lopd.data.tokenizers import Tokenizer
 from lopd.machine import processes
 from lopd.machine.storage import write_atomically
+from lopd.models.shardings import abstract_params_on
 from lopd.rollouts.scoring import score_responses
 from lopd.stages.run import PARAMS, Context
 
@@ -39,7 +40,9 @@ def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
     chosen = [records[i * len(records) // count] for i in range(count)]
     student_logprobs = score_responses(
         ctx.model("student"),
-        orbax.load_params(artefact.path / PARAMS, ctx.model("student"), ctx.mesh),
+        orbax.load_params(
+            artefact.path / PARAMS, abstract_params_on(ctx.model("student"), ctx.mesh)
+        ),
         chosen,
         mesh=ctx.mesh,
         row_length=ctx.config.opd.row_length,

@@ -17,6 +17,7 @@ from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
 from lopd.models.decoder import DecoderConfig, Params
+from lopd.models.shardings import abstract_params_on
 from lopd.tasks import Task, make_task
 
 PARAMS = "params"
@@ -154,7 +155,7 @@ class Context:
             params = self.read_checkpoint(epath.Path(source), which)
         else:
             source = artefact.path / PARAMS
-            params = orbax.load_params(source, model, self.mesh)
+            params = orbax.load_params(source, abstract_params_on(model, self.mesh))
         found, expected = params_fingerprint(params), artefact.outputs["fingerprint"]
         if found != expected:
             raise UserError(
