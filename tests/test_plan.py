@@ -17,9 +17,10 @@ from lopd import plan
 from lopd.errors import UserError
 from lopd.hardware import CHIPS
 from lopd.models import decoder
-from lopd.models.flops import training_flops
+from lopd.models.flops import forward_flops, training_flops
+from lopd.models.memory import model_size
 from lopd.models.presets import PRESETS
-from lopd.plan import costs, meshes
+from lopd.plan import meshes
 from lopd.plan.recipe import list_programs
 from lopd.plan.topology import parse_topology
 
@@ -34,7 +35,7 @@ from lopd.plan.topology import parse_topology
     ],
 )
 def test_model_sizes_are_the_published_ones(name, total, active):
-    size = costs.model_size(PRESETS[name])
+    size = model_size(PRESETS[name])
     assert round(size.total / 1e9, 1) == total
     if active:
         embedding = PRESETS[name].vocab_size * PRESETS[name].hidden_size
@@ -57,7 +58,7 @@ def test_forward_flops_are_what_xla_counts():
 
     compiled = jax.jit(logits).lower(decoder.abstract_params(config), ids, ids, ids).compile()
     counted = compiled.cost_analysis()["flops"]
-    assert counted == pytest.approx(costs.forward_flops(config, 2 * length, length), rel=0.1)
+    assert counted == pytest.approx(forward_flops(config, 2 * length, length), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from lopd.config.settings import TrainingRecipe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
+from lopd.config.settings import TrainingRecipe
 from lopd.data.batches import RESPONSE_STATS
 from lopd.data.packing import TokenField
 from lopd.machine import devices

@@ -10,13 +10,14 @@ from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, StageInfo
 from lopd.config.settings import Settings, read_key
 from lopd.errors import UserError
-from lopd.models import memory
 from lopd.models.decoder import DecoderConfig
 from lopd.models.presets import PRESETS
+from lopd.models.work import Work, scoring_work, training_work
 from lopd.objectives.sampled import cross_entropy
 from lopd.plan import programs
 from lopd.sampling.draw import Truncation
 from lopd.sampling.engine import PROMPTS_PER_CALL, prompt_bucket
+from lopd.sampling.work import decoding_work, prefill_work
 from lopd.stages.objective import make_objective, token_fields
 
 DEFAULT_SLOTS = 128
@@ -34,7 +35,7 @@ class Program:
     """How often the recipe runs it, responses being as long as they may."""
     rows: int
     """What the mesh's data and fsdp axes split; 0 where they need not."""
-    work: Callable[[dict[str, int]], memory.Work]
+    work: Callable[[dict[str, int]], Work]
     build: Callable[[Mesh], Lowered]
 
 
@@ -75,7 +76,7 @@ def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
         model=model,
         calls=recipe.steps,
         rows=rows,
-        work=lambda mesh: memory.training_work(
+        work=lambda mesh: training_work(
             model,
             mesh,
             used_rows=used_rows,
@@ -113,7 +114,7 @@ def _scoring(settings: Settings, info: StageInfo, which: str, rows: int) -> Prog
         model=model,
         calls=used_rows / rows,
         rows=rows,
-        work=lambda mesh: memory.scoring_work(
+        work=lambda mesh: scoring_work(
             model,
             mesh,
             context=longest / 2,
@@ -141,7 +142,7 @@ def _sampling(settings: Settings, info: StageInfo, which: str) -> list[Program]:
             model=model,
             calls=responses / PROMPTS_PER_CALL,
             rows=0,
-            work=lambda mesh: memory.prefill_work(model, mesh, **slots, length=length),
+            work=lambda mesh: prefill_work(model, mesh, **slots, length=length),
             build=lambda mesh: programs.prefill(model, mesh, **slots, length=length),
         ),
         Program(
@@ -150,9 +151,7 @@ def _sampling(settings: Settings, info: StageInfo, which: str) -> list[Program]:
             model=model,
             calls=responses * section.response_length / (count * runtime.decode_steps),
             rows=0,
-            work=lambda mesh: memory.decoding_work(
-                model, mesh, steps=runtime.decode_steps, **slots
-            ),
+            work=lambda mesh: decoding_work(model, mesh, steps=runtime.decode_steps, **slots),
             build=lambda mesh: programs.decoding(
                 model, mesh, steps=runtime.decode_steps, truncation=truncation, **slots
             ),

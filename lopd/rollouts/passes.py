@@ -21,7 +21,7 @@ from lopd.config.settings import RuntimeSettings, SamplingSettings
 from lopd.machine import devices, processes
 from lopd.machine.progress import bar
 from lopd.models import decoder, inference, memory
-from lopd.models.shardings import param_shardings
+from lopd.models.shardings import abstract_params_on, param_shardings
 from lopd.models.token_scores import TokenScores
 from lopd.rollouts import stream
 from lopd.rollouts.scoring import dispatch_records
@@ -140,12 +140,8 @@ class Scorer:
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Bytes per device that its weights take, as they are held or in another type."""
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype or self.dtype),
-            decoder.abstract_params(self.model),
-        )
-        shardings = param_shardings(self.model, self.mesh)
-        return memory.bytes_per_device(devices.with_shardings(shapes, shardings))
+        tree = abstract_params_on(self.model, self.mesh, dtype or self.dtype)
+        return memory.bytes_per_device(tree)
 
 
 def add_teacher_scores(records: Sequence[dict], by_teacher: Sequence[TokenScores]) -> None:

@@ -10,7 +10,7 @@ from lopd.checkpoints import hugging_face, orbax
 from lopd.config.catalogue import STUDENT, TEACHER, stage_info
 from lopd.errors import UserError
 from lopd.models import decoder
-from lopd.models.shardings import check_divisible, param_shardings
+from lopd.models.shardings import abstract_params_on, check_divisible, param_shardings
 from lopd.stages.origins import Adopted
 from lopd.stages.run import Run
 
@@ -64,7 +64,7 @@ def load_params(run: Run, stage: str) -> decoder.Params:
         params = read_checkpoint(run, epath.Path(source), which)
     else:
         source = artefact.path / PARAMS
-        params = orbax.load_params(source, model, run.mesh)
+        params = orbax.load_params(source, abstract_params_on(model, run.mesh))
     found, expected = params_fingerprint(params), artefact.outputs["fingerprint"]
     if found != expected:
         raise UserError(

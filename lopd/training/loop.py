@@ -215,7 +215,15 @@ def _resume(
 ) -> tuple[int, TrainState]:
     """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
     abstract = abstract_state(model, optimizer, mesh)
-    orbax.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
+    orbax.check_room(
+        artefact.path / "checkpoints",
+        abstract,
+        abstract.params,
+        steps=steps,
+        checkpoint_every=runtime.checkpoint_every,
+        keep_checkpoints=runtime.keep_checkpoints,
+        keep_every=runtime.keep_every,
+    )
     start, state = orbax.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
         return start, create_state(model, optimizer, initial_params, mesh)
