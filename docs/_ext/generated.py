@@ -160,7 +160,9 @@ def _write_api() -> None:
 
 def _check_names(app) -> None:
     _write_api()
+    app.lopd_remarks = {}
     for module in public_names.public_modules(PACKAGE):
+        app.lopd_remarks |= public_names.remarks(module)
         for line, name in public_names.undocumented(module):
             LOGGER.warning("%s is public and not documented", name, location=f"{module.path}:{line}")
 
@@ -192,6 +194,8 @@ def _on_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     Not by Napoleon's own hook, which takes what is before a colon in the text of a field for its
     type.
     """
+    if not any(lines):
+        lines[:] = [app.lopd_remarks.get(name, "")]
     block: int | None = None
     for i, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
