@@ -208,6 +208,6 @@ def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
         "opd.cache": str(cache.path), "sft.checkpoint": str(student), "sft.teacher": "theirs",
         "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,
     })  # fmt: skip
-    pipeline.run(config, str(tmp_path / "run"), ("opd",))
+    pipeline.run(read_settings(config), str(tmp_path / "run"), ("opd",))
     inputs = Artefact(tmp_path / "run" / "opd").manifest["inputs"]
     assert inputs == {"sft": cache.outputs["sft"], "precompute": cache.outputs["fingerprint"]}
