@@ -13,7 +13,7 @@ from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.data.batches import micro_batches, put_batch, step_batches
 from lopd.errors import UserError
-from lopd.machine import devices, processes, shutdown
+from lopd.machine import processes, shutdown
 from lopd.rollouts.scoring import score_responses
 from lopd.stages import online, training
 from lopd.stages.objective import batch_contents, make_objective

@@ -33,9 +33,9 @@ from lopd.checkpoints import hugging_face
 from lopd.config.checks import check_settings
 from lopd.errors import UserError
 from lopd.machine import devices, shutdown
+from lopd.rollouts import passes, stream
 from lopd.sampling import decode, placement
 from lopd.sampling.engine import Request, Response, Sampling
-from lopd.rollouts import passes, stream
 from lopd.stages import scored
 from lopd.stages.weights import load_params
 

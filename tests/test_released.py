@@ -20,6 +20,7 @@ from lopd.cache.__main__ import main
 from lopd.cache.reader import Records, verify_records
 from lopd.cache.released import import_released, read_released
 from lopd.checkpoints import hugging_face
+from lopd.config import read_settings
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.models import decoder

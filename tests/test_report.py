@@ -12,7 +12,7 @@ import pytest
 
 from lopd import pipeline, report
 from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
-from lopd.config import STAGES, base_config
+from lopd.config import STAGES, base_config, read_settings
 from lopd.errors import UserError
 from lopd.machine import shutdown
 from lopd.report import __main__ as report_main
