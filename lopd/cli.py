@@ -38,7 +38,7 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For commands that only read and write files: what a user can mend is one line, exit code 2."""
+    """For commands that only read and write files: what a user can mend is one line."""
     try:
         yield
     except (UserError, OSError) as error:

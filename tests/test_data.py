@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TIED, random_records
 
+from lopd.config.settings import TaskSettings
 from lopd.data.batches import (
     micro_batches,
     record_length,
@@ -17,7 +18,9 @@ from lopd.data.batches import (
 from lopd.data.packing import assign_rows, pack
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
+from lopd.tasks import Problem, Verdict
 from lopd.tasks.addition import SPLITS, Addition
+from lopd.tasks.prompts import PromptTask
 
 
 def test_splits_are_disjoint_whatever_the_seed():
@@ -36,17 +39,54 @@ def test_problem_and_grader():
     task = Addition(3)
     problem = next(task.problems("sft", 1, seed=0))
     left, right = problem.prompt.removeprefix("What is ").removesuffix("?\n").split("+")
-    assert int(left) + int(right) == int(problem.answer)
-    assert task.grade(problem, problem.solution).correct
-    assert not task.grade(problem, problem.solution.replace(f"so {problem.answer}", "so 7")).correct
-    assert not task.grade(problem, problem.solution + " so 7.").correct
+    answer, worked = task.answer_text(problem), problem.response
+    assert int(left) + int(right) == int(answer)
+    assert task.grade(problem, worked).correct
+    assert not task.grade(problem, worked.replace(f"so {answer}", "so 7")).correct
+    assert not task.grade(problem, worked + " so 7.").correct
     assert not task.grade(problem, "").correct
     # 357 + 846, worked by hand.
     known = task.problem((357 - 100) * 900 + 846 - 100)
-    assert known.solution == "7+6=13, 5+4+1=10, 3+8+1=12, so 1203."
+    assert known.response == "7+6=13, 5+4+1=10, 3+8+1=12, so 1203."
     other = task.problem(known.problem_id, 1.0)
-    assert other.solution == "6+7=13, 1+4+5=10, 1+8+3=12, so 1203."
-    assert other.prompt == known.prompt and task.grade(known, other.solution).correct
+    assert other.response == "6+7=13, 1+4+5=10, 1+8+3=12, so 1203."
+    assert other.prompt == known.prompt and task.grade(known, other.response).correct
+
+
+def test_worked_answers_are_those_of_the_teachers_split_made_when_read():
+    task = Addition(2)
+    answers = task.worked_answers(30, 5, 1.0)
+    ids = task.split_ids("teacher", 30, 5)
+    assert len(answers) == 30 and [a.problem_id for a in answers] == ids.tolist()
+    assert answers[7] == task.problem(int(ids[7]), 1.0) != task.problem(int(ids[7]))
+    assert len(task.worked_answers(None, 5, 0.0)) == len(task.split_ids("teacher", None, 5)) == 4050
+    np.testing.assert_array_equal(task.split_ids("teacher", None, 5)[:30], ids)
+
+
+class Unreadable:
+    """A reference that only its grader may touch."""
+
+    def _refuse(self, *_):
+        raise AssertionError("the reference was read")
+
+    __getattribute__ = __str__ = __repr__ = __eq__ = __hash__ = __bool__ = __len__ = _refuse
+
+
+def test_only_the_grader_reads_a_reference():
+    """Prompts, tokens and another problem's answer go without it."""
+    opaque = Problem(3, ({"role": "user", "content": "What is 10+11?\n"},), reference=Unreadable())
+    task, tokenizer = Addition(2), load_tokenizer("tiny")
+    assert opaque.prompt == "What is 10+11?\n"
+    assert tokenizer.decode(task.encode(opaque, tokenizer)) == opaque.prompt
+    seen = []
+
+    def grade(reference, response):
+        seen.append((reference is opaque.reference, response))
+        return Verdict(True, "x")
+
+    settings = TaskSettings(name="anything")
+    assert PromptTask("anything", settings, grade).grade(opaque, "text") == Verdict(True, "x")
+    assert seen == [(True, "text")]
 
 
 def test_too_many_problems_is_one_clear_error():
@@ -57,7 +97,7 @@ def test_too_many_problems_is_one_clear_error():
 def test_tokenizer_round_trip_and_identity():
     tokenizer = load_tokenizer("tiny")
     for problem in Addition(3).problems("opd", 50, seed=1):
-        for text in (problem.prompt, problem.solution):
+        for text in (problem.prompt, problem.response):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert max(ids) < tokenizer.vocab_size and 2 not in ids  # nothing unknown

@@ -1,23 +1,18 @@
 """Mathematics: boxed answers, math-verify in its process, and what is made of the verdicts."""
 
 import itertools
-import json
 import math
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from lopd.config import MATH_PROMPT
+from lopd.config.settings import MATH_PROMPT, TaskSettings
 from lopd.errors import UserError
-from lopd.tasks import metrics
-from lopd.tasks import prompts as math_task
-from lopd.tasks.prompts import Grader, Verdict, boxed_answer, load_tests
+from lopd.tasks import Verdict, make_task, metrics
+from lopd.tasks.math_grader import MathGrader, boxed_answer
+from lopd.tasks.prompts import load_tests
 
 PROBLEMS = str(pathlib.Path(__file__).parent / "data" / "aime_like.jsonl")
 HANGS = "9^{9^{9^{9}}}"
@@ -25,13 +20,13 @@ HANGS = "9^{9^{9^{9}}}"
 
 @pytest.fixture(scope="module")
 def grader():
-    with Grader(seconds=20) as grader:
+    with MathGrader(seconds=20) as grader:
         yield grader
 
 
 def test_problems_are_read_with_the_papers_prompt():
     problems = load_tests(PROBLEMS, MATH_PROMPT)
-    assert [(p.problem_id, p.answer) for p in problems] == [
+    assert [(p.problem_id, p.reference) for p in problems] == [
         (0, "001"),
         (1, r"\frac{3}{2}"),
         (2, r"\sqrt{5}, -\sqrt{5}"),
@@ -108,36 +103,35 @@ def test_unreadable_reference_is_an_error(grader):
         grader.grade("", r"\boxed{1}")
 
 
-def test_an_answer_that_hangs_is_killed_and_wrong():
-    with Grader(seconds=3) as grader:
+def test_an_answer_that_hangs_is_killed_and_has_no_verdict():
+    with MathGrader(seconds=3) as grader:
         assert grader.grade("204", r"\boxed{204}").correct
-        process = grader._process
         start = time.monotonic()
-        assert grader.grade("204", rf"\boxed{{{HANGS}}}") == Verdict(False, HANGS)
-        assert 3 <= time.monotonic() - start < 6 and grader.lost == 1
-        assert process.returncode == -signal.SIGALRM
-        with pytest.raises(ProcessLookupError):
-            os.kill(process.pid, 0)
-        assert grader.grade("204", r"\boxed{204.0}").correct  # a new process
-        assert not grader.grade("204", rf"\boxed{{{HANGS}}}").correct
-        assert grader.lost == 1  # remembered
+        expected = Verdict(False, HANGS, ungraded=True)
+        assert grader.grade("204", rf"\boxed{{{HANGS}}}") == expected
+        assert time.monotonic() - start >= 6 and grader.lost == 1  # it had two tries
+        assert grader.grade("204", r"\boxed{204.0}") == Verdict(True, "204")  # a new process
+        start = time.monotonic()
+        assert grader.grade("204", rf"\boxed{{{HANGS}}}") == expected
+        assert grader.lost == 1 and time.monotonic() - start < 3  # remembered
 
 
-def test_a_worker_without_parent_ends_too():
-    worker = pathlib.Path(math_task.__file__).with_name("math_verify_worker.py")
-    process = subprocess.Popen(
-        [sys.executable, "-P", worker, "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    process.stdin.write(json.dumps({"gold": "1", "answer": HANGS}).encode() + b"\n")
-    process.stdin.close()
-    assert process.wait(timeout=30) == -signal.SIGALRM
-
-
-def test_a_process_that_dies_is_replaced(grader):
-    grader.grade("1", r"\boxed{1}")
-    grader._process.kill()
-    grader._process.wait()
-    assert grader.grade("11", r"\boxed{11}").correct and grader.lost == 0
+def test_the_task_of_math_reads_prompts_and_grades_their_references(tmp_path):
+    settings = TaskSettings(name="math", problems=PROBLEMS, prompt="{problem}")
+    task = make_task(settings)
+    ((name, problems),) = task.tests("test", 2, 0).items()
+    assert (name, len(problems)) == ("aime_like", 2)
+    assert task.grade(problems[1], r"\boxed{1.5}") == Verdict(True, r"\frac{3}{2}")
+    assert task.answer_text(problems[1]) == r"\frac{3}{2}"
+    assert task.worked_answers(None, 0, 0.0) is None
+    with pytest.raises(UserError, match=r"task\.opd_prompts is not set"):
+        list(task.problems("opd", None, 0))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    task = make_task(TaskSettings(name="math", sft_prompts=str(tmp_path / "p.jsonl")))
+    assert [p.response for p in task.problems("sft", None, 0)] == ["b", None]
+    assert len(list(task.problems("sft", 1, 0))) == 1
+    with pytest.raises(UserError, match="must be 'addition' or 'math'"):
+        make_task(TaskSettings(name="maths"))
 
 
 def random_answers(rng, problems, samples):
@@ -238,6 +232,12 @@ def test_summary_names_k_and_counts():
     assert summary["problems"] == 5 and summary["samples_per_problem"] == 4
     assert summary["avg@4"]["value"] == pytest.approx(correct.mean())
     assert summary["pass@4"]["value"] == pytest.approx(correct.any(axis=1).mean())
+    assert summary["ungraded"] == 0
+    ungraded = np.zeros_like(correct)
+    ungraded[np.argwhere(~correct)[:3, 0], np.argwhere(~correct)[:3, 1]] = True
+    assert metrics.summarize(correct, labels, ungraded) == summary | {"ungraded": 3}
+    with pytest.raises(ValueError, match="without a verdict is called correct"):
+        metrics.summarize(correct, labels, correct)
     for name in ("avg@4", "pass@4", "majority@4"):
         low, high = summary[name]["ci95"]
         assert low <= summary[name]["value"] <= high

@@ -33,7 +33,6 @@ Messages = tuple[dict[str, str], ...]
 _ROLES = {"human": "user", "gpt": "assistant"}
 _TURN_KEYS = (("role", "from"), ("content", "value"))
 _PARQUET_ROWS = 256
-_SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +116,10 @@ def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
                 number += 1
 
 
+_READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+"""By the suffix of a file: what gives its rows, each with the place where it was found."""
+
+
 def _plain(value: Any) -> Any:
     """A TFDS value as JSON would have it: text for bytes, lists for arrays and sequences."""
     if isinstance(value, bytes):
@@ -170,7 +173,7 @@ def _first_line(error: BaseException) -> str:
 def _files(source: str) -> list[epath.Path]:
     path = epath.Path(source)
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+        return sorted(p for p in path.iterdir() if p.suffix in _READERS)
     if glob.has_magic(source) and not path.exists():
         return sorted(path.parent.glob(path.name))
     return [path] if path.exists() else []
@@ -194,12 +197,12 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     files = _files(source)
     if not files:
         raise UserError(
-            f"{source}: no such file, or a folder without {' or '.join(_SUFFIXES)} files"
+            f"{source}: no such file, or a folder without {' or '.join(_READERS)} files"
         )
     for path in files:
-        if path.suffix not in _SUFFIXES:
-            raise UserError(f"{path}: not one of {', '.join(_SUFFIXES)}")
-        yield from (_jsonl_rows if path.suffix == ".jsonl" else _parquet_rows)(path)
+        if path.suffix not in _READERS:
+            raise UserError(f"{path}: not one of {', '.join(_READERS)}")
+        yield from _READERS[path.suffix](path)
 
 
 def _get(row: Any, column: str) -> Any:
@@ -318,17 +321,17 @@ def sample(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
     return heapq.nsmallest(count, examples, key=place)
 
 
-def load_examples(source: str, *, count: int = 0, seed: int = 0) -> list[Example]:
+def load_examples(source: str, *, count: int | None = None, seed: int = 0) -> list[Example]:
     """The distinct prompts of a source, in its order; or `count` of them, drawn with a seed.
 
     Raises:
       UserError: if the source cannot be read, is empty, or has fewer prompts than asked for.
     """
     examples = deduplicate(read_examples(source))
-    chosen = sample(examples, count, seed) if count else list(examples)
+    chosen = list(examples) if count is None else sample(examples, count, seed)
     if not chosen:
         raise UserError(f"{source}: holds no prompts")
-    if len(chosen) < count:
+    if count is not None and len(chosen) < count:
         raise UserError(f"{source}: {count} prompts asked for, but it holds {len(chosen)} distinct")
     return chosen
 

@@ -1,20 +1,48 @@
-"""Verifiable tasks: problems, worked-out answers where there are any, and exact graders."""
+"""Verifiable tasks: problems, worked answers where there are any, and exact graders.
 
-from collections.abc import Iterator
-from typing import Protocol
+To add a task: a module with its problems or its grader, and its line in `make_task`. Prompts from
+files come with `lopd.tasks.prompts.PromptTask`, so that a task may be a grader alone; answers that
+are to be run need `lopd.tasks.sandbox`.
+"""
 
-import ml_collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
+from lopd.config.settings import TaskSettings
+from lopd.data.sources import Messages
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
-from lopd.tasks.metrics import Verdict
 
 
-class Problem(Protocol):
-    """What every task's problems have."""
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem, of any task."""
 
     problem_id: int
     """Below 2^32; with the sample number it determines the random key."""
+    messages: Messages
+    """The turns before the assistant's."""
+    reference: Any = None
+    """What its task's grader compares with; nobody else reads it."""
+    response: str | None = None
+    """A worked answer, or the response that came with the prompt."""
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right."""
+
+    correct: bool
+    label: str | None
+    """Equal answers share it; None: there is no answer."""
+    ungraded: bool = False
+    """The grader came to no end, so that `correct` is False for want of a verdict."""
 
 
 class Task(Protocol):
@@ -22,11 +50,26 @@ class Task(Protocol):
 
     name: str
 
-    def problems(self, split: str, count: int, seed: int) -> Iterator[Problem]:
-        """`count` problems to train on, of the split "sft" or "opd", drawn with a seed."""
+    def problems(self, split: str, count: int | None, seed: int) -> Iterable[Problem]:
+        """Problems to train on, of the split "sft" or "opd": `count` drawn with a seed, or all."""
 
-    def tests(self, split: str, count: int, seed: int) -> dict[str, list[Problem]]:
-        """Named sets of at most `count` problems to evaluate on, of the split "dev" or "test"."""
+    def tests(self, split: str, count: int | None, seed: int) -> dict[str, list[Problem]]:
+        """Named sets to evaluate on, of the split "dev" or "test", each of at most `count`."""
+
+    def worked_answers(
+        self, count: int | None, seed: int, swapped: float
+    ) -> Sequence[Problem] | None:
+        """Problems with a right answer as their response, made when they are read.
+
+        They train a teacher from scratch, and no other split shares a problem with them. None for a
+        task that knows no worked answers.
+
+        Args:
+          count: how many are drawn with the seed; None: all.
+          seed: of the draw.
+          swapped: share of an answer's steps that are written the other way round, for teachers
+            that differ in style.
+        """
 
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
         """The prompt's token ids."""
@@ -34,8 +77,11 @@ class Task(Protocol):
     def grade(self, problem: Problem, response: str) -> Verdict:
         """Whether a response that ended by itself is right."""
 
+    def answer_text(self, problem: Problem) -> str:
+        """The reference as people read it; empty if there is none."""
 
-def make_task(settings: ml_collections.ConfigDict) -> Task:
+
+def make_task(settings: TaskSettings) -> Task:
     """The task that the settings name.
 
     Raises:
@@ -47,7 +93,8 @@ def make_task(settings: ml_collections.ConfigDict) -> Task:
 
         return Addition(settings.digits)
     if settings.name == "math":
-        from lopd.tasks.prompts import Math
+        from lopd.tasks.math_grader import MathGrader
+        from lopd.tasks.prompts import PromptTask
 
-        return Math(settings)
+        return PromptTask("math", settings, MathGrader().grade)
     raise UserError(f"task.name={settings.name!r} must be 'addition' or 'math'")

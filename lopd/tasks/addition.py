@@ -19,7 +19,7 @@ import numpy as np
 
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
-from lopd.tasks.metrics import Verdict
+from lopd.tasks import Problem, Verdict
 
 # Disjoint regions of the space of problems, as fractions of it. `dev` is for tuning settings,
 # `test` for reported figures.
@@ -35,17 +35,8 @@ _SPLIT_SEED = 20260413  # fixed for ever: a problem never changes its split
 _ANSWER = re.compile(r"so (\d+)\.$")
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One problem: its number within the task, the prompt, a worked answer, and the result."""
-
-    problem_id: int
-    prompt: str
-    solution: str
-    answer: str
-
-
 def _worked_solution(left: int, right: int, swapped: np.ndarray) -> str:
+    """The answer to left + right; `swapped` says of each column, from the right, if 1 is first."""
     columns, carry = [], 0
     for place, swap in enumerate(swapped):
         a, b = left // 10**place % 10, right // 10**place % 10
@@ -72,20 +63,20 @@ class Addition:
     def problem(self, problem_id: int, swapped: float = 0.0) -> Problem:
         """The problem with this number, 0 <= problem_id < (9 · 10^(digits−1))².
 
-        `swapped` is the share of columns that its worked answer writes the other way round; which
-        ones is drawn by its number.
+        Its reference is the sum in decimal digits, its response the worked answer. `swapped` is the
+        share of columns that this writes the other way round; which ones is drawn by its number.
         """
         swap = np.random.default_rng([_SPLIT_SEED, problem_id]).random(self.digits) < swapped
         left, right = (int(x) + self._low for x in divmod(problem_id, self._count))
         return Problem(
-            problem_id=problem_id,
-            prompt=f"What is {left}+{right}?\n",
-            solution=_worked_solution(left, right, swap),
-            answer=str(left + right),
+            problem_id,
+            messages=({"role": "user", "content": f"What is {left}+{right}?\n"},),
+            reference=str(left + right),
+            response=_worked_solution(left, right, swap),
         )
 
-    def split_ids(self, split: str, count: int, seed: int) -> np.ndarray:
-        """`count` distinct problem numbers of a split, drawn with a seed.
+    def split_ids(self, split: str, count: int | None, seed: int) -> np.ndarray:
+        """`count` distinct problem numbers of a split, or all of them, in the order of a seed.
 
         Splits are disjoint whatever the seed.
 
@@ -93,7 +84,7 @@ class Addition:
           UserError: if the split holds fewer problems than asked for.
         """
         low, high = (int(x * len(self._permutation)) for x in SPLITS[split])
-        if not 0 < count <= high - low:
+        if count is not None and not 0 < count <= high - low:
             raise UserError(
                 f"task addition: {count} problems asked from split '{split}', which holds "
                 f"{high - low}: ask for fewer, or raise task.digits (now {self.digits})"
@@ -101,13 +92,17 @@ class Addition:
         chosen = np.random.default_rng([seed, low]).permutation(high - low)[:count]
         return self._permutation[low + chosen]
 
-    def problems(self, split: str, count: int, seed: int) -> Iterator[Problem]:
+    def problems(self, split: str, count: int | None, seed: int) -> Iterator[Problem]:
         """The problems of `split_ids`, in its order."""
         return (self.problem(int(i)) for i in self.split_ids(split, count, seed))
 
-    def tests(self, split: str, count: int, seed: int) -> dict[str, list[Problem]]:
+    def tests(self, split: str, count: int | None, seed: int) -> dict[str, list[Problem]]:
         """One set, named as the task."""
         return {self.name: list(self.problems(split, count, seed))}
+
+    def worked_answers(self, count: int | None, seed: int, swapped: float) -> "WorkedAnswers":
+        """Problems of the split "teacher" with their worked answers."""
+        return WorkedAnswers(self, self.split_ids("teacher", count, seed), swapped)
 
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> list[int]:
         """The prompt as it stands."""
@@ -117,4 +112,25 @@ class Addition:
         """Whether a response ends in the right result. Exact: no partial credit."""
         match = _ANSWER.search(response.strip())
         answer = match.group(1) if match else None
-        return Verdict(answer == problem.answer, answer)
+        return Verdict(answer == problem.reference, answer)
+
+    def answer_text(self, problem: Problem) -> str:
+        """The sum."""
+        return problem.reference
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkedAnswers:
+    """Problems by their place in `ids`, each made when it is read."""
+
+    task: Addition
+    ids: np.ndarray
+    """Problem numbers."""
+    swapped: float
+    """As `Addition.problem` takes it."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Problem:
+        return self.task.problem(int(self.ids[index]), self.swapped)

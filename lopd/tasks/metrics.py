@@ -1,11 +1,11 @@
 """Accuracy from several samples per problem, with intervals. Pure functions.
 
 `correct` is a boolean array [problems, samples]. Samples of one problem are not independent, so
-every interval is over per-problem scores: the problems are the random draw.
+every interval is over per-problem scores: the problems are the random draw. An answer that its
+grader could not decide is not correct here; `summarize` gives their number.
 """
 
 import collections
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -13,14 +13,6 @@ import numpy as np
 from scipy.special import stdtrit
 
 Labels = Sequence[Sequence[str | None]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right, and a label that equal answers share; None: no answer."""
-
-    correct: bool
-    label: str | None
 
 
 def average(correct: np.ndarray) -> np.ndarray:
@@ -96,9 +88,22 @@ def clustered_interval(scores: np.ndarray) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def summarize(correct: np.ndarray, labels: Labels) -> dict:
-    """avg@k, pass@k and majority@k for all k samples, each with its 95 % interval, and counts."""
+def summarize(correct: np.ndarray, labels: Labels, ungraded: np.ndarray | None = None) -> dict:
+    """avg@k, pass@k and majority@k for all k samples, each with its 95 % interval, and counts.
+
+    Args:
+      correct: bool [problems, samples], False where there is no verdict.
+      labels: of each answer, as `lopd.tasks.Verdict.label`.
+      ungraded: bool [problems, samples], where there is no verdict (`Verdict.ungraded`); by default
+        nowhere. Their number stands beside the figures, because accuracy may be so much higher.
+
+    Raises:
+      ValueError: if an answer is both correct and ungraded.
+    """
     problems, k = np.shape(correct)
+    ungraded = np.zeros(np.shape(correct), bool) if ungraded is None else np.asarray(ungraded)
+    if (np.asarray(correct, bool) & ungraded).any():
+        raise ValueError("an answer without a verdict is called correct")
     scores = {
         f"avg@{k}": average(correct),
         f"pass@{k}": pass_at_k(correct, k),
@@ -107,6 +112,7 @@ def summarize(correct: np.ndarray, labels: Labels) -> dict:
     return {
         "problems": problems,
         "samples_per_problem": k,
+        "ungraded": int(ungraded.sum()),
         **{
             name: {"value": float(values.mean()), "ci95": list(clustered_interval(values))}
             for name, values in scores.items()

@@ -1,0 +1,82 @@
+r"""Mathematics with checkable answers (AIME, HMMT), graded by math-verify.
+
+The answer is what the last `\boxed{…}` of a response holds. math-verify decides whether it equals
+the reference; it runs in a sandbox, because there are short answers that it never finishes, and
+those must cost a time limit and not the run.
+"""
+
+import importlib.util
+import pathlib
+import re
+
+from lopd.errors import UserError
+from lopd.tasks import Verdict
+from lopd.tasks.sandbox import Sandbox
+
+_WORKER = pathlib.Path(__file__).with_name("math_verify_worker.py")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def boxed_answer(response: str) -> str | None:
+    r"""What the last `\boxed{…}` holds, after the thinking if there is any; None without one."""
+    response = response.rpartition("</think>")[2]
+    _, box, rest = response.rpartition(r"\boxed{")
+    if not box:
+        return None
+    depth = 1
+    for match in _BRACES.finditer(rest):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return rest[: match.start()].strip()
+    return None
+
+
+class MathGrader:
+    """math-verify in a process that ends when an answer takes longer than the limit.
+
+    An answer that runs into the limits twice is ungraded, so a verdict may depend on the machine's
+    speed; such answers are rare and counted in `lost`. Verdicts are remembered. Use as a context
+    manager, or call `close`; the process ends with this one in any case.
+    """
+
+    def __init__(self, seconds: float = 10.0):
+        self._sandbox = Sandbox(_WORKER, seconds=seconds)
+        self._known: dict[tuple[str, str], Verdict] = {}
+
+    def __enter__(self) -> "MathGrader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._sandbox.close()
+
+    @property
+    def lost(self) -> int:
+        """How many different answers are ungraded."""
+        return self._sandbox.lost
+
+    def grade(self, reference: str, response: str) -> Verdict:
+        """The verdict on a whole response.
+
+        Raises:
+          UserError: if math-verify is not installed, or cannot read the reference answer.
+        """
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("grading needs math-verify: pip install 'lopd[eval]'")
+        answer = boxed_answer(response)
+        if answer is None:
+            return Verdict(False, None)
+        if (reference, answer) not in self._known:
+            self._known[reference, answer] = self._verdict(reference, answer)
+        return self._known[reference, answer]
+
+    def _verdict(self, reference: str, answer: str) -> Verdict:
+        reply = self._sandbox.ask({"gold": reference, "answer": answer})
+        if reply is None:
+            return Verdict(False, answer, ungraded=True)
+        if "error" in reply:
+            raise UserError(reply["error"])
+        return Verdict(reply["correct"], reference if reply["correct"] else reply["label"])
