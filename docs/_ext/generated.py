@@ -164,7 +164,8 @@ def _check_names(app) -> None:
     for module in public_names.public_modules(PACKAGE):
         app.lopd_remarks |= public_names.remarks(module)
         for line, name in public_names.undocumented(module):
-            LOGGER.warning("%s is public and not documented", name, location=f"{module.path}:{line}")
+            place = f"{module.path}:{line}"
+            LOGGER.warning("%s is public and not documented", name, location=place)
 
 
 # Docstrings

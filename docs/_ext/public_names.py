@@ -121,9 +121,10 @@ def _fields(node: ast.ClassDef, remarks: dict) -> Iterator[tuple[int, str]]:
 def _methods(node: ast.ClassDef, documented: dict[str, set[str]]) -> Iterator[tuple[int, str]]:
     inherited = set().union(*(documented.get(ast.unparse(base), set()) for base in node.bases))
     for one in node.body:
-        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_"):
-            if not ast.get_docstring(one) and one.name not in inherited:
-                yield one.lineno, f"{node.name}.{one.name}"
+        if not isinstance(one, ast.FunctionDef) or one.name.startswith("_"):
+            continue
+        if not ast.get_docstring(one) and one.name not in inherited:
+            yield one.lineno, f"{node.name}.{one.name}"
 
 
 def undocumented(module: Module) -> list[tuple[int, str]]:

@@ -19,6 +19,7 @@ from lopd.models.decoder import DecoderConfig
 from lopd.models.flops import training_flops
 
 Costs = dict[str, dict[str, float]]
+"""Kind of work → unit → amount."""
 
 _UNITS = ("seconds", "tokens", "flops")
 

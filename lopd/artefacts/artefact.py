@@ -18,7 +18,9 @@ from lopd.machine import processes
 from lopd.machine.storage import absolute, write_atomically
 
 MANIFEST = "manifest.json"
+"""The name of the file that makes a directory an artefact."""
 FORMAT_VERSION = 2
+"""Of manifests and of what they describe; another one is refused."""
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Commands::
 
-    verify DIR             every file against the manifest, every record against the schema; also of a
-                           worker's part, before it is merged
+    verify DIR             every file against the manifest, every record against the schema; also
+                           of a worker's part, before it is merged
     summary DIR            lengths, log-probabilities, teacher against π_ref, by position
     show DIR               records as text, with each token's advantage
     merge OUT PART...      joins what workers made (lopd.main --worker=i/N)

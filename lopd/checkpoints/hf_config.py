@@ -10,6 +10,7 @@ from lopd.errors import UserError
 from lopd.models.decoder import DecoderConfig
 
 CONFIG = "config.json"
+"""The file in which a checkpoint states its shape."""
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 

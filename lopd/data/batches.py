@@ -171,6 +171,7 @@ class StepBatches:
     """The batches of a training run, by step (0 is the first), made by `step_batches`."""
 
     source: Sequence[dict]
+    """Records by index."""
     indices: grain.MapDataset
     """Item n: the indices in `source` of the records of step n, int [batch_size]."""
     lengths: np.ndarray | None
@@ -282,7 +283,7 @@ def step_batches(
     `step_indices` says which records a step sees. Neither the number of processes nor
     `rows_per_micro` changes that, nor which row of the batch a record is in. With several processes
     each reads the lengths of all records once, and then only the records of its rows.
-    A record longer than a row is an error of `assign_rows`; `lopd.config.validate` rules it out
+    A record longer than a row is an error of `assign_rows`; `lopd.config.checks` rules it out
     before.
 
     Args:

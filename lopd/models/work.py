@@ -15,8 +15,11 @@ class Work:
     """What one call of a program costs all chips together, and a rough peak of one chip."""
 
     flops: float
+    """Of all chips."""
     bytes_per_chip: float
+    """Read and written by one chip."""
     peak_bytes: float
+    """Held by one chip, at most."""
 
 
 def training_work(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lopd.models.token_scores import TokenScores
 
 Batch = dict[str, jax.Array]
+"""Arrays by name, [B, T] or [B, T, K]: tokens, masks, weights and the teacher's scores."""
 Loss = Callable[[TokenScores, Batch], jax.Array]
 """(scores, batch) → per-token loss [B, T]."""
 Objective = Callable[[TokenScores, Batch], tuple[jax.Array, dict[str, jax.Array]]]

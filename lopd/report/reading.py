@@ -25,6 +25,7 @@ class Stage:
     """
 
     name: str
+    """As in `lopd.config.catalogue`."""
     state: str = "absent"
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: list[dict] = dataclasses.field(default_factory=list)

@@ -11,6 +11,7 @@ from lopd.objectives import sampled, token_weights
 from lopd.objectives.divergences import DIVERGENCES, top_k_divergence
 
 OBJECTIVES = ("log_ratio", *DIVERGENCES, "fixed_advantage", "cross_entropy")
+"""What `opd.objective` may be."""
 
 
 def needs_top_k(recipe: OpdSettings) -> bool:

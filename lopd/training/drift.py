@@ -2,7 +2,7 @@
 
 Importance weights are w = π_θ / π_ref. On the responses that are trained on, a mean below 1
 measures memorisation; on fresh ones sampled from π_ref at T = 1, E[w] = 1 for every θ, and the
-spread of w measures how far π_θ has drifted (METHOD, "Bounds").
+spread of w measures how far π_θ has drifted (arXiv 2604.13010, bounds).
 """
 
 import dataclasses
@@ -184,7 +184,9 @@ class Drift:
 
     panel: Callable[[decoder.Params, Batch], dict]
     every: int
+    """Steps between looks."""
     heldout: Batch | None
+    """The held-out responses as one batch; None: there are none."""
     first: int = 0
     """A step that is looked at besides: a round's first, where π_θ still is the π_ref of its
     responses."""

@@ -18,6 +18,7 @@ from lopd.objectives.sampled import Objective
 from lopd.training.step import batch_gradients
 
 FAILURE = "failure.json"
+"""The file's name."""
 _NAMED = 5
 """At most so many records are named in the message; failure.json has all."""
 

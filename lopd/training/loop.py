@@ -264,7 +264,7 @@ def train(
       initial_params: where a fresh run starts.
       batches: where each step's batch comes from.
       objective: the per-token loss.
-      recipe: steps, learning rate and so on (`lopd.config.training_recipe`).
+      recipe: steps, learning rate and so on (`lopd.config.settings.TrainingRecipe`).
       mesh: the devices.
       runtime, metrics: the sections of the settings.
       drift: the drift panel, for OPD.

@@ -128,7 +128,7 @@ class WandB:
     """The same rows at Weights & Biases; a continued run goes on in the same place."""
 
     def __init__(self, project: str, path: epath.Path, settings: dict, resume_step: int = 0):
-        import wandb  # optional: `lopd.config.validate` has looked for it
+        import wandb  # optional: `lopd.config.checks` has looked for it
 
         # Kept beside the rows: a stage that begins anew is another run, also in a folder of the
         # same name, and W&B takes no row of a step that it has.
