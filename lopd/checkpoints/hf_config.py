@@ -16,7 +16,7 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets the models of one `model_type` apart, as flags of `DecoderConfig`."""
+    """The flags of `DecoderConfig` that all models of one `model_type` share."""
 
     architecture: str
     states: Mapping[str, bool]
@@ -63,7 +63,7 @@ _REFUSED = (
     "rope_interleaved",
     "quantization_config",
 )
-"""What no family may ask for."""
+"""Settings that are refused in every family when true."""
 
 
 def read_json(path: epath.Path) -> dict:

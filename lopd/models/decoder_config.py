@@ -38,7 +38,7 @@ class RopeScaling:
     beta_slow: float | None = None
     """1 by default."""
     attention_factor: float | None = None
-    """What queries and keys are multiplied by; 0.1 · ln(factor) + 1 by default."""
+    """Factor of queries and keys; 0.1 · ln(factor) + 1 by default."""
     truncate: bool | None = None
     """Whether the range of changed dimensions is rounded to whole ones; true by default."""
 
