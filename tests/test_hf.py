@@ -86,6 +86,14 @@ PARAMETERS = {
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Llama-2-7b-hf": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
 }
 
 
@@ -264,13 +272,14 @@ def test_published_config_is_the_preset(name):
 def test_preset_has_the_published_number_of_parameters(name):
     shapes = jax.tree.leaves(decoder.abstract_params(PRESETS[name]))
     assert sum(x.size for x in shapes) == PARAMETERS[name]
-    assert PRESETS[name].tie_word_embeddings == (name in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"))
+    untied = ("8B", "14B", "32B", "A3B", "7B", "7b-hf")
+    assert PRESETS[name].tie_word_embeddings != name.endswith(untied)
 
 
 def test_other_architecture_is_refused(checkpoint, one_device_mesh):
-    edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"])
+    edit_config(checkpoint, model_type="gemma", architectures=["GemmaForCausalLM"])
     refused(
-        checkpoint, one_device_mesh, r"model_type='llama', architectures=\['LlamaForCausalLM'\]"
+        checkpoint, one_device_mesh, r"model_type='gemma', architectures=\['GemmaForCausalLM'\]"
     )
     edit_config(checkpoint, model_type="qwen3", architectures=["Qwen3ForTokenClassification"])
     refused(checkpoint, one_device_mesh, "Qwen3ForTokenClassification")
@@ -282,9 +291,9 @@ def test_other_architecture_is_refused(checkpoint, one_device_mesh):
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(use_sliding_window=True, sliding_window=4096), "use_sliding_window=True"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types="),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type='yarn'"),
-        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_type='linear'"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type='yarn'"),
+        (dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_type='dynamic'"),
+        (dict(rope_scaling={"type": "longrope", "long_factor": [2.0]}), "rope_type='longrope'"),
+        (dict(rope_parameters={"rope_type": "su", "rope_theta": 1e6}), "rope_type='su'"),
         (dict(mlp_only_layers=[0, 3]), r"mlp_only_layers=\[0, 3\]"),
         (dict(decoder_sparse_step=2), "decoder_sparse_step=2"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),

@@ -13,8 +13,10 @@ from conftest import TIED, random_params
 
 from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
-from lopd.models import decoder, inference
+from lopd.machine import devices
+from lopd.models import decoder, inference, memory
 from lopd.models.kv_cache import empty_cache
+from lopd.models.shardings import abstract_params_on
 from lopd.models.token_scores import token_scores
 from lopd.sampling.engine import Request, Sampling, generate
 
@@ -219,3 +221,15 @@ def test_packed_equals_alone(config, params):
         np.testing.assert_allclose(packed[:, window], alone, atol=2e-5)
         start += n
     assert np.isfinite(packed).all()
+
+
+def test_bytes_per_device_are_what_a_device_holds():
+    """By the shardings of shapes, and as the arrays' own parts on the first device say."""
+    mesh = devices.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shapes = abstract_params_on(MOE, mesh, "bfloat16")
+    arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays))
+    assert memory.bytes_per_device(shapes) == memory.bytes_per_device(arrays) == held
+    whole = memory.tree_bytes(decoder.abstract_params(MOE))
+    assert whole == 4 * memory.model_size(MOE).total
+    assert memory.bytes_per_device(decoder.abstract_params(MOE)) == whole > 4 * held

@@ -98,7 +98,7 @@ def test_every_stage_runs_and_says_so(whole):
     # The live line, where the peak of the device is not known.
     assert all(f"{name}=" in done.stderr for name in ("loss", "tok/s", "FLOP/s"))
     models = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
-    assert list(models) == ["teacher", "base", "sft", "control", "opd"]
+    assert list(models) == ["teacher", "base", "sft", "opd", "control"]
     for tasks in models.values():
         for result in tasks.values():
             assert result["n"] == 16
@@ -283,6 +283,12 @@ def test_unknown_setting_names_the_nearest(tmp_path):
         ({"teacher.checkpoint": "/nowhere"}, ["/nowhere", "no such folder"]),
         ({"tokenizer": "/nowhere.model"}, ["/nowhere.model", "no such file"]),
         ({"task.digits": 9}, ["task.digits=9"]),
+        ({"task.name": "math"}, ["teacher trains on worked answers", "teacher.checkpoint"]),
+        ({"eval.response_length": 50_000}, ["eval.response_length = 50012", "40948 or less"]),
+        ({"opd.records": 0}, ["opd.records=0", "must be positive, or None"]),
+        ({"sft.b1": 2}, ["sft.b1=2.0", "must lie in [0, 1)"]),
+        ({"opd.steps": None}, ["opd.steps=None", "must be set"]),
+        ({"sft.learning_rate": "inf"}, ["sft.learning_rate=inf"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

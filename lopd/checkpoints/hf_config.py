@@ -1,18 +1,70 @@
-"""A Qwen3 model's shape as Hugging Face's `config.json` states it, in and out."""
+"""A model's shape as Hugging Face's `config.json` states it, in and out, and the families."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from lopd.errors import UserError
-from lopd.models.decoder import DecoderConfig
+from lopd.models.decoder_config import ROPE_FIELDS, DecoderConfig, RopeScaling
 
 CONFIG = "config.json"
 """The file in which a checkpoint states its shape."""
 
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The flags of `DecoderConfig` that all models of one `model_type` share."""
+
+    architecture: str
+    states: Mapping[str, bool]
+    """Settings that our export writes so for readers that ask; import refuses them when true."""
+    qk_norm: bool = False
+    attention_bias: bool = False
+    experts: bool = False
+    may_omit: tuple[str, ...] = ()
+    """Fields that old `config.json` files leave out, and for which Transformers has a rule."""
+
+
+FAMILIES = {
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"attention_bias": False, "use_sliding_window": False},
+        qk_norm=True,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"attention_bias": False, "use_sliding_window": False},
+        qk_norm=True,
+        experts=True,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": False},
+        attention_bias=True,
+        may_omit=("head_dim",),
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"attention_bias": False, "mlp_bias": False},
+        may_omit=("head_dim", "num_key_value_heads", "rope_theta"),
+    ),
+}
+"""`model_type` → family. Qwen2.5 and DeepSeek-R1-Distill-Qwen are qwen2; llama is Llama 2 to 3.3,
+SmolLM2 and DeepSeek-R1-Distill-Llama."""
+
+_REFUSED = (
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "mlp_only_layers",
+    "rope_interleaved",
+    "quantization_config",
+)
+"""Settings that are refused in every family when true."""
 
 
 def read_json(path: epath.Path) -> dict:
@@ -29,24 +81,95 @@ def read_json(path: epath.Path) -> dict:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
+def _unsupported(values: Mapping[str, Any], family: Family) -> Iterator[str]:
     """The settings of a `config.json` that this model does not have, as `name=value`."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    layer_types = set(values.get("layer_types") or ()) - {"full_attention"}
-    refused = {
-        "attention_bias": values.get("attention_bias"),
-        "use_sliding_window": values.get("use_sliding_window"),
-        "layer_types": sorted(layer_types),
-        "mlp_only_layers": values.get("mlp_only_layers"),
-        "quantization_config": values.get("quantization_config"),
-    }
+    refused = {name: values.get(name) for name in _REFUSED}
+    if family.attention_bias:  # Transformers has them whatever the file says
+        del refused["attention_bias"]
+    refused["layer_types"] = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
     yield from (f"{name}={value!r}" for name, value in refused.items() if value)
-    expected = {
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "decoder_sparse_step": (values.get("decoder_sparse_step", 1), 1),
+    expected = {"hidden_act": "silu", "decoder_sparse_step": 1, "partial_rotary_factor": 1}
+    for name, wanted in expected.items():
+        if (found := values.get(name)) not in (None, wanted):
+            yield f"{name}={found!r}"
+
+
+def _spelled(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`rope_scaling` or `rope_parameters`, with the old `type` as `rope_type`, without nulls."""
+    rope = {key: value for key, value in (values.get(name) or {}).items() if value is not None}
+    kind = rope.pop("type", None)
+    if rope and kind not in (None, rope.get("rope_type", kind)):
+        raise UserError(
+            f"config.json: {name} states type={kind!r} and rope_type={rope['rope_type']!r}"
+        )
+    return {"rope_type": kind, **rope} if kind else rope
+
+
+def _stated_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a `config.json` says of rotary embedding, in one dictionary.
+
+    Transformers 4 reads `rope_theta` and `rope_scaling`. Transformers 5 writes `rope_parameters`,
+    but where `rope_scaling` is there (added by hand for YaRN, as Qwen3's model cards advise) reads
+    that alone, with `rope_theta` from beside it or else 10,000. So places may not disagree.
+    """
+    scaling, parameters = _spelled(values, "rope_scaling"), _spelled(values, "rope_parameters")
+    rope, theta = dict(scaling or parameters), values.get("rope_theta")
+    if theta is not None and rope.setdefault("rope_theta", theta) != theta:
+        raise UserError(
+            f"config.json states rope_theta={theta} and, among the rotary settings, "
+            f"{rope['rope_theta']}; one of them is wrong"
+        )
+    beside = {k: v for k, v in parameters.items() if (k, v) != ("rope_type", "default")}
+    for name, value in beside.items():
+        if rope.get(name) != value:
+            raise UserError(
+                f"config.json states {name}={value!r} in rope_parameters and "
+                f"{rope.get(name, 'nothing')!r} with rope_scaling, of which Transformers reads "
+                "rope_scaling only: put all of them into one of the two"
+            )
+    return rope
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None]:
+    """rope_theta, None if it is not stated, and the scaling."""
+    rope = _stated_rope(values)
+    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta", None)
+    if (part := rope.pop("partial_rotary_factor", 1)) != 1:
+        raise UserError(
+            f"config.json asks for partial_rotary_factor={part!r}, which is not implemented"
+        )
+    if kind == "default":
+        if rope:
+            raise UserError(f"config.json states {rope} for RoPE, but no rope_type that uses it")
+        return theta, None
+    if kind not in ROPE_FIELDS:
+        raise UserError(f"config.json asks for rope_type={kind!r}, which is not implemented")
+    length = "original_max_position_embeddings"
+    if length in ROPE_FIELDS[kind][0]:
+        outside = values.get(length)
+        if outside is not None and rope.setdefault(length, outside) != outside:
+            raise UserError(f"config.json states {length}={outside} and, for RoPE, {rope[length]}")
+        rope.setdefault(length, values["max_position_embeddings"])
+    if kind == "yarn":
+        scales = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+        if all(scales) and "factor" in rope:
+            above, below = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in scales)
+            rope.setdefault("attention_factor", above / below)
+    try:
+        return theta, RopeScaling(kind, rope.pop("factor", None), **rope)
+    except TypeError as error:
+        raise UserError(f"config.json: rope_type={kind!r}: {error}") from error
+
+
+def _derived(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields that the file leaves out and Transformers derives."""
+    heads = values["num_attention_heads"]
+    rules = {
+        "head_dim": values["hidden_size"] // heads,
+        "num_key_value_heads": heads,
+        "rope_theta": 10_000.0,
     }
-    yield from (f"{k}={found!r}" for k, (found, wanted) in expected.items() if found != wanted)
+    return {name: rules[name] for name in family.may_omit if values.get(name) is None}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
@@ -57,57 +180,90 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     any other, float16 included, in float32.
 
     Raises:
-      UserError: if it is not a Qwen3 language model, lacks a field, or uses what is not
-        implemented (attention bias, sliding window, scaled RoPE, dense layers between experts,
-        quantised weights).
+      UserError: if it is of none of `FAMILIES`, lacks a field, contradicts itself, or uses what is
+        not implemented (biases of the attention's output or the MLP, sliding window, other RoPE
+        scalings, dense layers between experts, quantised weights).
     """
     kind, architectures = values.get("model_type"), values.get("architectures")
-    known = kind in _ARCHITECTURES
-    if not known or architectures not in (None, [_ARCHITECTURES[kind]]):
+    family = FAMILIES.get(kind)
+    if family is None or architectures not in (None, [family.architecture]):
         raise UserError(
             f"config.json describes model_type={kind!r}, architectures={architectures}; only "
-            f"{' and '.join(_ARCHITECTURES.values())} are implemented"
+            f"{', '.join(f.architecture for f in FAMILIES.values())} are implemented"
         )
-    unsupported = list(_unsupported(values))
+    unsupported = list(_unsupported(values, family))
     if unsupported:
         raise UserError(f"config.json asks for {', '.join(unsupported)}, which is not implemented")
-    rope = values.get("rope_parameters") or {}
-    stored = values.get("dtype", values.get("torch_dtype"))
     try:
-        experts = {}
-        if kind == "qwen3_moe":
-            experts = dict(
-                num_experts=values.get("num_local_experts") or values["num_experts"],
-                num_experts_per_tok=values["num_experts_per_tok"],
-                moe_intermediate_size=values["moe_intermediate_size"],
-                norm_topk_prob=values.get("norm_topk_prob", False),
-                router_aux_loss_coef=values.get("router_aux_loss_coef", 0.001),
-            )
-        return DecoderConfig(
-            vocab_size=values["vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["intermediate_size"],
-            num_hidden_layers=values["num_hidden_layers"],
-            num_attention_heads=values["num_attention_heads"],
-            num_key_value_heads=values["num_key_value_heads"],
-            head_dim=values["head_dim"],
-            rope_theta=float(rope["rope_theta"] if rope else values["rope_theta"]),
-            rms_norm_eps=values["rms_norm_eps"],
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            max_position_embeddings=values["max_position_embeddings"],
-            initializer_range=values.get("initializer_range", 0.02),
-            dtype="bfloat16" if stored == "bfloat16" else "float32",
-            **experts,
-        )
+        theta, scaling = _rope(values)
+        values = {**values, "rope_theta": theta}
+        return _decoder_config(values | _derived(values, family), family, scaling)
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}") from error
 
 
+def _decoder_config(
+    values: Mapping[str, Any], family: Family, scaling: RopeScaling | None
+) -> DecoderConfig:
+    """From the settings of a file that is known to be supported; KeyError for what it lacks."""
+    stored = values.get("dtype", values.get("torch_dtype"))
+    if values["rope_theta"] is None:
+        raise KeyError("rope_theta")
+    experts = {}
+    if family.experts:
+        experts = dict(
+            num_experts=values.get("num_local_experts") or values["num_experts"],
+            num_experts_per_tok=values["num_experts_per_tok"],
+            moe_intermediate_size=values["moe_intermediate_size"],
+            norm_topk_prob=values.get("norm_topk_prob", False),
+            router_aux_loss_coef=values.get("router_aux_loss_coef", 0.001),
+        )
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        num_key_value_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        rope_theta=float(values["rope_theta"]),
+        rms_norm_eps=values["rms_norm_eps"],
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        max_position_embeddings=values["max_position_embeddings"],
+        initializer_range=values.get("initializer_range", 0.02),
+        dtype="bfloat16" if stored == "bfloat16" else "float32",
+        qk_norm=family.qk_norm,
+        attention_bias=family.attention_bias,
+        rope_scaling=scaling,
+        **experts,
+    )
+
+
+def model_type(config: DecoderConfig) -> str:
+    """The `model_type`, a key of `FAMILIES`, whose flags a model has.
+
+    Raises:
+      UserError: if there is none, so that it cannot be exported.
+    """
+    flags = bool(config.num_experts), config.qk_norm, config.attention_bias
+    for name, family in FAMILIES.items():
+        if flags == (family.experts, family.qk_norm, family.attention_bias):
+            return name
+    raise UserError(
+        f"model: no family of Hugging Face's has num_experts={config.num_experts}, "
+        f"qk_norm={config.qk_norm} and attention_bias={config.attention_bias} together"
+    )
+
+
 def config_to_hf(config: DecoderConfig, end_id: int, dtype: str) -> dict:
-    """The `config.json` of a checkpoint whose weights are stored as `dtype`."""
-    kind = "qwen3_moe" if config.num_experts else "qwen3"
+    """The `config.json` of a checkpoint whose weights are stored as `dtype`.
+
+    Raises:
+      UserError: if no family has the flags of the model.
+    """
+    kind = model_type(config)
     values = {
-        "architectures": [_ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -122,12 +278,14 @@ def config_to_hf(config: DecoderConfig, end_id: int, dtype: str) -> dict:
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "use_sliding_window": False,
+        **FAMILIES[kind].states,
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": end_id,
     }
+    if config.rope_scaling:
+        scaling = dataclasses.asdict(config.rope_scaling)
+        values["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
     if config.num_experts:
         values |= {
             "num_experts": config.num_experts,

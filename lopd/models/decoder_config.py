@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lopd.errors import UserError
 
-_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
     "yarn": (
@@ -40,17 +40,17 @@ class RopeScaling:
     beta_slow: float | None = None
     """1 by default."""
     attention_factor: float | None = None
-    """What queries and keys are multiplied by; 0.1 · ln(factor) + 1 by default."""
+    """Factor of queries and keys; 0.1 · ln(factor) + 1 by default."""
     truncate: bool | None = None
     """Whether the range of changed dimensions is rounded to whole ones; true by default."""
 
     def __post_init__(self):
-        if self.rope_type not in _ROPE_FIELDS:
+        if self.rope_type not in ROPE_FIELDS:
             raise UserError(
                 f"model: rope_type={self.rope_type!r} is not implemented; there are "
-                f"{', '.join(_ROPE_FIELDS)}, and no rope_scaling for none"
+                f"{', '.join(ROPE_FIELDS)}, and no rope_scaling for none"
             )
-        needed, optional = _ROPE_FIELDS[self.rope_type]
+        needed, optional = ROPE_FIELDS[self.rope_type]
         names = [field.name for field in dataclasses.fields(self)]
         stated = [name for name in names if getattr(self, name) is not None]
         for name in ("factor", *needed):

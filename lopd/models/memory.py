@@ -25,7 +25,7 @@ LOGIT_ARRAYS = 4
 
 
 def tree_bytes(tree: Any) -> int:
-    """What all arrays of a tree hold together, wherever they lie.
+    """Bytes of all arrays of a tree together, wherever they lie.
 
     Args:
       tree: of arrays, or of their shapes and types.
@@ -34,7 +34,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What one device holds of the arrays of a tree, each by its sharding.
+    """Bytes that one device holds of the arrays of a tree, each by its sharding.
 
     Args:
       tree: of arrays, or of shapes and types, with shardings; a leaf without one counts whole.
@@ -69,7 +69,7 @@ def model_size(model: DecoderConfig) -> Size:
 
 
 def cache_bytes(model: DecoderConfig, positions: float) -> float:
-    """Keys and values of so many positions, over all layers."""
+    """Bytes of the keys and values of `positions`, over all layers."""
     values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return positions * values * model.compute_dtype.itemsize
 
@@ -80,7 +80,7 @@ def cache_row_bytes(model: DecoderConfig, capacity: int) -> int:
 
 
 def slot_bytes(model: DecoderConfig, capacity: int, tensor: int) -> int:
-    """What one slot takes on each device of its `tensor` group while sampling.
+    """Bytes of one slot on each device of its `tensor` group while sampling.
 
     Keys and values are split over `tensor`; the logits' arrays are counted whole.
     """
@@ -143,7 +143,7 @@ def scoring_scratch(
     row_length: int,
     weight_bytes: int,
 ) -> float:
-    """Bytes of one chip that a scoring pass takes beside the weights, of so many bytes each."""
+    """Bytes of one chip that a scoring pass takes beside weights of `weight_bytes` each."""
     tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
     scratch = min(CHUNK_BYTES, 4 * tokens * model.vocab_size)
     scratch += working_set(model, tokens, mesh["tensor"])

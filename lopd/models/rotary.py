@@ -81,7 +81,7 @@ def _by_dimension(config: DecoderConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _attention_factor(scaling: RopeScaling) -> float:
-    """What queries and keys are multiplied by (arXiv 2309.00071, equation 22)."""
+    """The factor of queries and keys (arXiv 2309.00071, equation 22)."""
     if scaling.rope_type != "yarn":
         return 1.0
     if scaling.attention_factor is not None:

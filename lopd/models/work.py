@@ -1,4 +1,4 @@
-"""What one call of a program computes, moves and holds, by formula.
+"""The cost of one call of a program by formula: what is computed, moved and held.
 
 Units: FLOPs of all chips together, bytes of one chip.
 """
@@ -12,7 +12,7 @@ from lopd.models.memory import model_size, scoring_scratch, training_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one call of a program costs all chips together, and a rough peak of one chip."""
+    """FLOPs of all chips together for one call of a program; bytes moved and held by one chip."""
 
     flops: float
     """Of all chips."""

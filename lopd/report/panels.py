@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lopd.config.objectives import LOSSES
 from lopd.report.plots import SERIES, Plot, Series, line_plot
 from lopd.report.reading import Run
 
@@ -53,7 +54,7 @@ _ROUTER = _one("Router loss", "load balancing, as weighted in the loss", "router
 _RUNNING = (_LEARNING_RATE, _THROUGHPUT, _DEVICE, _ROUTER)
 
 _ADVANTAGE = (
-    _one("Loss", "Huber loss, nats²", "loss", log=None),
+    _one("Loss", "", "loss", log=None),  # what it is depends on the objective: `_with_loss_name`
     Panel(
         "Advantage", "log π_T − log π_θ within ±τ, nats, mean ± sd",
         (("", "advantage", "advantage_sd"),), unit="nats", zero=True,
@@ -182,6 +183,17 @@ def _panel_plot(
     )  # fmt: skip
 
 
+def _with_loss_name(panel: Panel, runs: Sequence[Run], stage: str) -> Panel:
+    """The panel of the loss says which loss it is: that of each objective there is."""
+    if panel.y_label:
+        return panel
+    sections = [run.stages[stage].manifest.get("settings", {}).get("opd", {}) for run in runs]
+    objectives = dict.fromkeys(x["objective"] for x in sections if "objective" in x)
+    known = [LOSSES[name] for name in objectives if name in LOSSES]
+    label = " or ".join(dict.fromkeys(f"{loss.title}, {loss.unit}" for loss in known))
+    return dataclasses.replace(panel, y_label=label or "loss")
+
+
 def stage_plots(
     runs: Sequence[Run], stage: str, running: bool = False
 ) -> tuple[list[Plot], list[str]]:
@@ -194,6 +206,7 @@ def stage_plots(
     chosen = _RUNNING if running else {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
     key = f"{stage}-r" if running else stage
     for number, panel in enumerate(chosen):
+        panel = _with_loss_name(panel, runs, stage)
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
             _panel_plot(runs, stage, panel, group, f"{key}{number}-{i}")

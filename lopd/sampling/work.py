@@ -1,4 +1,4 @@
-"""What one call of prefill or decode computes, moves and holds, by formula, on a training mesh."""
+"""The cost of one call of prefill or decode by formula, on the chips of a training mesh."""
 
 from lopd.models.decoder_config import DecoderConfig
 from lopd.models.flops import forward_flops

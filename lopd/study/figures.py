@@ -154,7 +154,6 @@ _DRAW: dict[str, Callable[[Section, Results, dict], Figure | None]] = {
     "grid": _grid,
     "cost": _cost,
 }
-FIGURES = tuple(_DRAW)
 """What a section may ask for."""
 
 
