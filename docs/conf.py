@@ -33,6 +33,7 @@ templates_path = []
 
 html_theme = "furo"
 html_title = "lopd"
+smartquotes = False  # --flags are not dashes
 html_static_path = ["_static"]
 html_css_files = ["lopd.css"]
 html_show_sphinx = False
@@ -57,6 +58,7 @@ myst_substitutions = {
 # Names of other packages are not looked up, which would need the network.
 default_role = "py:obj"
 nitpick_ignore_regex = [(r"py:.*", r"(?!lopd\.).*|.*\._\w+|.*\.NAME")]
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {
     "members": True,

@@ -39,7 +39,9 @@ def _linked(text: str) -> str:
 def _type_name(annotation) -> str:
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     name = str(annotation) if typing.get_args(annotation) else name
-    return re.sub(r"\b[a-z_.]+\.(?=[A-Z])", "", name).replace(" | ", " or ").replace(", ...", "…")
+    name = re.sub(r"\b[a-z_.]+\.(?=[A-Z])", "", name)
+    name = re.sub(r"tuple\[(.*), \.\.\.\]", r"tuple of \1", name)
+    return name.replace(" | ", " or ")
 
 
 def _default(field: dataclasses.Field) -> str:
