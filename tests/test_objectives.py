@@ -1,5 +1,7 @@
 """The objective: the identity it rests on, and its independence of how a batch is laid out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 import torch
 from conftest import random_records
 
-from lopd.config import base_config
+from lopd.config.settings import OpdSettings
 from lopd.data.batches import micro_batches
+from lopd.data.layout import Layout, MicroBatch
 from lopd.data.packing import TokenField
 from lopd.data.selection import TokenSelection, token_weights
 from lopd.data.tokenizers import load_tokenizer
@@ -30,10 +33,14 @@ def scores_of(logits, targets, at_ids=None):
     return score_logits(jnp.asarray(logits), jnp.asarray(targets), at_ids)
 
 
-def opd_recipe(**changes):
-    recipe = base_config().opd
-    recipe.update(changes)
-    return recipe
+def batch_with(**fields) -> MicroBatch:
+    """A micro-batch of which only what a loss reads by name matters."""
+    nothing = jnp.zeros(0)
+    return MicroBatch(*[nothing] * 7, fields=fields)
+
+
+def opd_recipe(**changes) -> OpdSettings:
+    return dataclasses.replace(OpdSettings(), **changes)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 10.0])
@@ -43,7 +50,7 @@ def test_huber_gradient_is_the_clipped_policy_gradient(tau):
     logits = rng.normal(size=(5, 7, 11)).astype(np.float32) * 2
     targets = rng.integers(0, 11, (5, 7))
     teacher = rng.uniform(-20, 0, (5, 7)).astype(np.float32)
-    batch = {"teacher_logprobs": jnp.asarray(teacher), "ref_logprobs": jnp.zeros((5, 7))}
+    batch = batch_with(teacher_logprobs=jnp.asarray(teacher), ref_logprobs=jnp.zeros((5, 7)))
 
     def loss(logits):
         return lightning_opd(tau)(scores_of(logits, targets), batch)[0].sum()
@@ -74,7 +81,7 @@ def test_label_smoothing_is_the_mixture_cross_entropy():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 9)).astype(np.float32)
     targets = rng.integers(0, 9, 4)
-    loss, _ = cross_entropy(0.1)(scores_of(logits, targets), {})
+    loss, _ = cross_entropy(0.1)(scores_of(logits, targets), batch_with())
     z = logits.astype(np.float64)
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
     mixture = 0.9 * np.eye(9)[targets] + 0.1 / 9
@@ -92,7 +99,7 @@ def test_token_weights():
 
 
 def gradients(config, params, records, objective=lightning_opd(1.0), fields=FIELDS, **layout):  # noqa: B008
-    batch = micro_batches(records, token_fields=fields, **layout)
+    batch = micro_batches(records, Layout(token_fields=fields, **layout))
     step = jax.jit(lambda params, batch: batch_gradients(config, objective, params, batch))
     return step(params, batch)
 
@@ -104,12 +111,12 @@ def divergence_problem(vocab=11, k=11, seed=0):
     teacher = torch.log_softmax(torch.tensor(rng.normal(size=(3, 4, vocab)) * 2), -1).numpy()
     ids = np.argsort(-teacher, axis=-1)[..., :k].astype(np.int32)
     zeros = jnp.zeros((3, 4))
-    batch = {
-        "teacher_logprobs": zeros,
-        "ref_logprobs": zeros,
-        "teacher_topk_ids": jnp.asarray(ids),
-        "teacher_topk_logprobs": jnp.asarray(np.take_along_axis(teacher, ids, -1), jnp.float32),
-    }
+    batch = batch_with(
+        teacher_logprobs=zeros,
+        ref_logprobs=zeros,
+        teacher_topk_ids=jnp.asarray(ids),
+        teacher_topk_logprobs=jnp.asarray(np.take_along_axis(teacher, ids, -1), jnp.float32),
+    )
     return logits, teacher, batch
 
 
@@ -118,7 +125,7 @@ def divergence_and_gradient(name, logits, batch):
     objective, targets = make_objective(opd_recipe(objective=name)), np.zeros(logits.shape[:2], int)
 
     def values(logits):
-        return objective(scores_of(logits, targets, batch["teacher_topk_ids"]), batch)[0]
+        return objective(scores_of(logits, targets, batch.fields["teacher_topk_ids"]), batch)[0]
 
     return values(logits), jax.grad(lambda x: values(x).sum())(jnp.asarray(logits))
 
@@ -172,8 +179,10 @@ def test_the_known_wrong_reverse_kl_differs():
     _, teacher, batch = divergence_problem(k=4)
 
     def wrong(logits):
-        student = scores_of(logits, np.zeros((3, 4), int), batch["teacher_topk_ids"]).logprobs_at
-        return jnp.sum(jnp.exp(student) * (student - batch["teacher_topk_logprobs"]))
+        student = scores_of(
+            logits, np.zeros((3, 4), int), batch.fields["teacher_topk_ids"]
+        ).logprobs_at
+        return jnp.sum(jnp.exp(student) * (student - batch.fields["teacher_topk_logprobs"]))
 
     assert jnp.abs(jax.grad(wrong)(teacher.astype(np.float32))).max() > 0.01
 
@@ -183,10 +192,10 @@ def test_divergence_is_finite_where_a_tail_vanishes(name):
     """Also on padding, whose fields are all zero."""
     logits, _, batch = divergence_problem(k=3)
     sure = np.full_like(logits, -40.0)
-    np.put_along_axis(sure, np.asarray(batch["teacher_topk_ids"])[..., :1], 40.0, axis=-1)
+    np.put_along_axis(sure, np.asarray(batch.fields["teacher_topk_ids"])[..., :1], 40.0, axis=-1)
     value, gradient = divergence_and_gradient(name, sure, batch)
     assert np.isfinite(value).all() and np.isfinite(gradient).all() and (value > 0.1).any()
-    empty = {key: jnp.zeros_like(x) for key, x in batch.items()}
+    empty = jax.tree.map(jnp.zeros_like, batch)
     value, gradient = divergence_and_gradient(name, logits, empty)
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
 
@@ -194,8 +203,8 @@ def test_divergence_is_finite_where_a_tail_vanishes(name):
 def sampled_problem(vocab=11):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(5, 7, vocab)).astype(np.float32) * 2
-    batch = {name: jnp.asarray(rng.uniform(-6, 0, (5, 7)), jnp.float32) for name in FIELDS}
-    return logits, rng.integers(0, vocab, (5, 7)), batch
+    fields = {name: jnp.asarray(rng.uniform(-6, 0, (5, 7)), jnp.float32) for name in FIELDS}
+    return logits, rng.integers(0, vocab, (5, 7)), batch_with(**fields)
 
 
 def test_extrapolation_shifts_the_advantage():
@@ -208,7 +217,7 @@ def test_extrapolation_shifts_the_advantage():
     found = jax.grad(lambda x: loss(x, extrapolation=1.25).sum())(logits)
     p = torch.softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
     chosen = np.eye(11)[targets]
-    teacher, ref = (np.asarray(batch[name], np.float64) for name in FIELDS)
+    teacher, ref = (np.asarray(batch.fields[name], np.float64) for name in FIELDS)
     shifted = teacher - np.log((p * chosen).sum(-1)) + 0.25 * (teacher - ref)
     expected = -np.clip(shifted, -2, 2)[..., None] * (chosen - p)
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
@@ -234,8 +243,10 @@ def test_importance_weights_on_exact_distributions():
     theta, ref, teacher = rng.normal(size=(3, V)) * 1.5
     log_softmax = lambda z: z - np.log(np.exp(z).sum())  # noqa: E731
     ref, teacher, p = log_softmax(ref), log_softmax(teacher), np.exp(log_softmax(theta))
-    batch = {"teacher_logprobs": jnp.asarray(teacher[None], jnp.float32),
-             "ref_logprobs": jnp.asarray(ref[None], jnp.float32)}  # fmt: skip
+    batch = batch_with(
+        teacher_logprobs=jnp.asarray(teacher[None], jnp.float32),
+        ref_logprobs=jnp.asarray(ref[None], jnp.float32),
+    )
 
     def expected_loss(theta, cap):
         objective = make_objective(opd_recipe(importance_cap=cap))
@@ -279,13 +290,14 @@ def test_highest_entropy_equals_sorting_each_response(config):
     for record in records:
         record["entropy"] = rng.integers(0, 6, len(record["response_tokens"])) / 4  # with ties
     layout = dict(reduction="sample_mean", rows_per_micro=4, row_length=64, selection=selection)
-    batch = micro_batches(records, token_fields=("entropy",), **layout)
+    batch = micro_batches(records, Layout(token_fields=("entropy",), **layout))
     chosen = {}
-    for m in range(int(batch["num_micro"])):
-        micro = {name: jnp.asarray(batch[name][m]) for name in ("mask", "weights", "segment_ids")}
-        keep = highest_entropy(jnp.asarray(batch["entropy"][m]), micro, selection.entropy_fraction)
+    for m in range(int(batch.num_micro)):
+        micro = batch.micro(m)
+        entropy = jnp.asarray(micro.fields["entropy"])
+        keep = highest_entropy(entropy, micro, selection.entropy_fraction)
         for i in range(len(records)):
-            where = (batch["segment_ids"][m] == i + 1) & batch["mask"][m]
+            where = (micro.segment_ids == i + 1) & micro.mask
             if where.any():
                 chosen[i] = np.asarray(keep)[where]
     for i, record in enumerate(records):

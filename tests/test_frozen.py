@@ -1,0 +1,3 @@
+"""Trainable and frozen parameters, handed in as two trees."""
+
+FROZEN = ("embed",)
