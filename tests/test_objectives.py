@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import random_records
 
-from lopd.config.settings import OpdSettings
+from lopd.config.objectives import LOSSES
+from lopd.config.settings import OpdSettings, Settings, changed
 from lopd.data.batches import micro_batches
 from lopd.data.layout import Layout, MicroBatch
 from lopd.data.packing import TokenField
@@ -19,7 +20,13 @@ from lopd.errors import UserError
 from lopd.models.token_scores import score_logits
 from lopd.objectives.sampled import cross_entropy, huber, lightning_opd
 from lopd.objectives.token_weights import highest_entropy, train_highest_entropy
-from lopd.stages.objective import check_settings, make_objective, token_fields, token_selection
+from lopd.stages.objective import (
+    OBJECTIVES,
+    check_objective,
+    make_objective,
+    token_fields,
+    token_selection,
+)
 from lopd.training.step import batch_gradients
 
 LENGTHS = [(3, 9), (1, 4), (6, 20), (2, 1), (5, 13), (4, 8), (2, 30), (3, 3)]
@@ -351,20 +358,37 @@ def test_selected_loss_does_not_depend_on_packing(config, params):
     [
         ({"objective": "kl"}, "objective='kl' must be one of log_ratio, forward_kl"),
         ({"objective": "reverse_kl", "extrapolation": 1.25}, "extrapolation=1.25 must be 1"),
-        ({"objective": "reverse_kl", "residual_folds": 5}, "residual_folds=5 must be 0"),
-        ({"residual_folds": 1}, "residual_folds=1 must be 0"),
+        ({"objective": "reverse_kl", "residual_folds": 5}, "residual_folds=5 must be None"),
+        ({"objective": "forward_kl", "importance_cap": 2.0}, "importance_cap=2.0 must be None"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_objective(opd_recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"residual_folds": 1}, "residual_folds=1 must be at least 2"),
         ({"fixed_advantage": 0.1}, "must be negative"),
-        ({"position_fraction": 0.0}, "position_fraction=0.0 must lie in"),
-        ({"entropy_fraction": 1.5}, "entropy_fraction=1.5 must lie in"),
-        ({"importance_cap": -1.0}, "importance_cap=-1.0 must not be negative"),
-        ({"objective": "forward_kl", "importance_cap": 2.0}, "importance_cap=2.0 must be 0"),
+        ({"position_fraction": 0.0}, r"position_fraction=0.0 must lie in \(0, 1\]"),
+        ({"entropy_fraction": 1.5}, r"entropy_fraction=1.5 must lie in \(0, 1\]"),
+        ({"importance_cap": -1.0}, "importance_cap=-1.0 must be positive, or None"),
         ({"masked_tokens": (1.5,)}, "masked_tokens"),
         ({"tau": 0.0}, "tau=0.0 must be positive"),
     ],
 )
 def test_bad_settings_are_one_clear_line(changes, message):
     with pytest.raises(UserError, match=message):
-        check_settings(opd_recipe(**changes))
+        changed(Settings(), {f"opd.{key}": value for key, value in changes.items()})
+
+
+def test_every_objective_has_its_name_and_unit():
+    assert {*LOSSES} == {*OBJECTIVES}
+    for name, (title, unit) in LOSSES.items():
+        make_objective(opd_recipe(objective=name))
+        assert title and unit == ("nats²" if name == "log_ratio" else "nats")
 
 
 def test_missing_top_k_and_unknown_tokens_are_one_clear_line():

@@ -6,18 +6,19 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_run import interrupt, run, tiny_config
+from tiny_run import interrupt, open_run, run, tiny_settings
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.data.batches import micro_batches, put_batch, step_batches
 from lopd.errors import UserError
-from lopd.machine import devices, processes, shutdown
+from lopd.machine import processes, shutdown
 from lopd.rollouts.scoring import score_responses
-from lopd.stages import common, online, opd
-from lopd.stages.objective import make_objective
-from lopd.stages.run import Context
+from lopd.stages import online, training
+from lopd.stages.objective import batch_contents, make_objective
+from lopd.stages.run import Run
+from lopd.stages.weights import load_params
 from lopd.training.step import batch_gradients
 
 SMALL = {
@@ -39,10 +40,9 @@ def models(tiny_models):
     return tiny_models
 
 
-def context(models, workdir, **changes) -> Context:
+def small_run(models, workdir, **changes) -> Run:
     given = {"teacher__checkpoint": f"{models}/teacher", "sft__checkpoint": f"{models}/sft"}
-    config = tiny_config(**given, **SMALL, **changes)
-    return Context(config, workdir, devices.make_mesh(config.mesh.to_dict()))
+    return open_run(workdir, tiny_settings(**given, **SMALL, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def whole(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(models, tmp_path_factory):
-    """(context, its online batches, π_ref)."""
-    ctx = context(models, tmp_path_factory.mktemp("batches"))
-    params = ctx.load_params("sft", "student")
-    return ctx, online.OnlineBatches(ctx, params), params
+    """(run, its online batches, π_ref)."""
+    opened = small_run(models, tmp_path_factory.mktemp("batches"))
+    params = load_params(opened, "sft")
+    return opened, online.OnlineBatches(opened, params), params
 
 
 def ids(records) -> list[tuple[int, int]]:
@@ -65,16 +65,16 @@ def ids(records) -> list[tuple[int, int]]:
 
 def test_a_step_reads_the_prompts_of_the_offline_step(batches, models):
     """In the order of a cache that holds request i as its record i; also past the first pass."""
-    ctx, source, params = batches
-    cache = run(models, ctx.workdir, "precompute", **SMALL)
-    offline = common.make_batches(ctx, Records(cache), ctx.config.opd, "opd")
+    opened, source, params = batches
+    cache = run(models, opened.workdir, "precompute", **SMALL)
+    offline = training.make_batches(opened, Records(cache), opened.settings.opd, "opd")
     for step in range(4):  # 20 prompts are two and a half batches
         assert ids(vars(r) for r in source.requests(step)) == ids(offline.records(step))
     assert ids(source.rollouts(3, params)[0]) == ids(offline.records(3))
 
 
 def test_rollouts_are_drawn_afresh_at_every_step_and_scored(batches, models):
-    ctx, source, params = batches
+    opened, source, params = batches
     first, costs = source.rollouts(0, params)
     again, _ = source.rollouts(0, params)
     prompts = {key: r["response_tokens"].tolist() for key, r in zip(ids(first), first, strict=True)}
@@ -82,12 +82,12 @@ def test_rollouts_are_drawn_afresh_at_every_step_and_scored(batches, models):
     later = [r for step in (2, 3) for r in source.rollouts(step, params)[0]]
     both = [r for r in later if ids([r])[0] in prompts]
     assert both and any(r["response_tokens"].tolist() != prompts[ids([r])[0]] for r in both)
-    limits = {"mesh": ctx.mesh, "row_length": 128, "rows_per_micro": 8}
+    limits = {"mesh": opened.mesh, "row_length": 128, "rows_per_micro": 8}
     for field, which, weights in (
         ("ref_logprobs", "student", params),
-        ("teacher_logprobs", "teacher", ctx.load_params("teacher", "teacher")),
+        ("teacher_logprobs", "teacher", load_params(opened, "teacher")),
     ):
-        expected = score_responses(ctx.model(which), weights, first, **limits)
+        expected = score_responses(opened.model(which), weights, first, **limits)
         for record, scores in zip(first, expected, strict=True):
             np.testing.assert_allclose(record[field], scores, atol=1e-5)
     tokens = sum(len(r["response_tokens"]) for r in first)
@@ -96,17 +96,19 @@ def test_rollouts_are_drawn_afresh_at_every_step_and_scored(batches, models):
 
 def test_first_gradient_is_the_offline_one(batches):
     """The rollouts of step 1 as a cache: the same loss and gradient, bit for bit."""
-    ctx, source, params = batches
-    model, objective = ctx.model("student"), make_objective(ctx.config.opd)
+    opened, source, params = batches
+    model, objective = opened.model("student"), make_objective(opened.settings.opd)
     local, _ = source.reader(0, 1, lambda batch: batch)(0, params)
     cache = source.records(0)
-    rows = common.batch_rows(ctx, ctx.config.opd, **opd.batch_contents(ctx, 0, ""))
-    offline = step_batches(cache, seed=0, batch_size=len(cache), **rows)
+    rows = training.batch_rows(
+        opened, opened.settings.opd, **batch_contents(opened.settings.opd, opened.tokenizer, 0, "")
+    )
+    offline = step_batches(cache, rows, seed=0, batch_size=len(cache))
     step = offline.indices[0]
     assert sorted(step) == [*range(8)] and list(step) != sorted(step)  # shuffled: put it back
-    offline = micro_batches(offline.source, **offline.layout)
+    offline = micro_batches(offline.source, offline.layout)
     gradient = jax.jit(lambda p, b: batch_gradients(model, objective, p, b))
-    found = [gradient(params, put_batch(b, ctx.mesh, 8)) for b in (local, offline)]
+    found = [gradient(params, put_batch(b, opened.mesh, 8)) for b in (local, offline)]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(a, b)
     loss = jax.device_get(found[0][1])
@@ -171,9 +173,9 @@ def test_eval_and_report_know_it(models, whole):
 
 
 def test_what_online_needs_is_asked_for_before_any_work(models, tmp_path):
-    config = tiny_config(sft__checkpoint=f"{models}/sft", **SMALL)
+    settings = tiny_settings(sft__checkpoint=f"{models}/sft", **SMALL)
     with pytest.raises(UserError, match="the teacher artefact"):
-        pipeline.run(config, str(tmp_path), ("online",))
+        pipeline.run(settings, str(tmp_path), ("online",))
     with pytest.raises(UserError, match="--worker splits"):
         run(models, tmp_path, "online", worker=(0, 2), **SMALL)
     long = {"precompute__response_length": 50_000, "precompute__row_length": 60_000}

@@ -13,15 +13,20 @@ import pytest
 from conftest import TIED
 
 from configs import qwen3_4b, qwen3_8b
-from lopd import plan
+from lopd.config import read_settings
+from lopd.config.settings import changed
 from lopd.errors import UserError
 from lopd.hardware import CHIPS
 from lopd.models import decoder
-from lopd.models.flops import training_flops
+from lopd.models.flops import forward_flops, training_flops
+from lopd.models.memory import model_size
 from lopd.models.presets import PRESETS
-from lopd.plan import costs, meshes
+from lopd.plan import meshes
 from lopd.plan.recipe import list_programs
+from lopd.plan.summary import plan
 from lopd.plan.topology import parse_topology
+
+SETTINGS = read_settings(qwen3_8b.get_config())
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ from lopd.plan.topology import parse_topology
     ],
 )
 def test_model_sizes_are_the_published_ones(name, total, active):
-    size = costs.model_size(PRESETS[name])
+    size = model_size(PRESETS[name])
     assert round(size.total / 1e9, 1) == total
     if active:
         embedding = PRESETS[name].vocab_size * PRESETS[name].hidden_size
@@ -57,7 +62,7 @@ def test_forward_flops_are_what_xla_counts():
 
     compiled = jax.jit(logits).lower(decoder.abstract_params(config), ids, ids, ids).compile()
     counted = compiled.cost_analysis()["flops"]
-    assert counted == pytest.approx(costs.forward_flops(config, 2 * length, length), rel=0.1)
+    assert counted == pytest.approx(forward_flops(config, 2 * length, length), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -82,43 +87,43 @@ def test_unknown_topologies_are_one_clear_error(name, message):
 
 
 def test_mesh_shards_weights_over_all_chips_and_rows_follow():
-    sizes, rows = meshes.choose(qwen3_8b.get_config(), ("opd",), parse_topology("v5e:4x4"))
+    sizes, rows = meshes.choose(SETTINGS, ("opd",), parse_topology("v5e:4x4"))
     assert sizes == {"data": 1, "fsdp": 16, "tensor": 1}
     assert rows == 16
 
 
 def test_mesh_that_the_widths_do_not_divide_is_not_chosen():
     """2,560 is a multiple of 512 but not of 1,024; the rest of the chips repeat the weights."""
-    sizes, _ = meshes.choose(qwen3_4b.get_config(), ("opd",), parse_topology("h100:1024"))
+    sizes, _ = meshes.choose(
+        read_settings(qwen3_4b.get_config()), ("opd",), parse_topology("h100:1024")
+    )
     assert sizes["fsdp"] * sizes["data"] * sizes["tensor"] == 1024
     assert 2560 % sizes["fsdp"] == 0
 
 
 def test_chips_that_divide_nothing_only_split_rows():
-    sizes, rows = meshes.choose(qwen3_8b.get_config(), ("opd",), parse_topology("h100:7"))
+    sizes, rows = meshes.choose(SETTINGS, ("opd",), parse_topology("h100:7"))
     assert (sizes["data"], rows) == (7, 14)
 
 
 def test_what_does_not_fit_is_said_with_advice_that_helps():
-    config = qwen3_8b.get_config()
-    config.runtime.remat = "none"
-    _, _, lines = plan.plan(config, ("opd",), parse_topology("a100:2"), 0.5)
+    _, _, lines = plan(
+        changed(SETTINGS, {"runtime.remat": "none"}), ("opd",), parse_topology("a100:2"), 0.5
+    )
     (line,) = lines
     assert line.peak_gib > CHIPS["a100"].memory_gib
     over = float(re.search(r"does not fit, ([\d.]+) GiB over", line.advice)[1])
     assert over == pytest.approx(line.peak_gib - CHIPS["a100"].memory_gib, abs=0.06)
     assert "--config.runtime.remat=full" in line.advice or "chips" in line.advice
-    config.runtime.remat = "full"
     chips = re.search(r"try (\d+) chips", line.advice)
     topology = parse_topology(f"a100:{chips[1] if chips else 2}")
-    (line,) = plan.plan(config, ("opd",), topology, 0.5)[2]
+    (line,) = plan(SETTINGS, ("opd",), topology, 0.5)[2]
     assert not line.advice
 
 
 def test_chip_hours_follow_from_the_floor():
     """By hand: 6 · N · tokens plus attention, at half of the peak."""
-    config = qwen3_8b.get_config()
-    (line,) = plan.plan(config, ("opd",), parse_topology("h100:8"), 0.5)[2]
+    (line,) = plan(SETTINGS, ("opd",), parse_topology("h100:8"), 0.5)[2]
     tokens = 256 * 5120
     by_weights = 6 * (PRESETS["Qwen3-8B"].vocab_size * 4096 + 36 * 192_946_432)
     attention = 12 * 36 * 4096 * 5119 / 2
@@ -128,8 +133,7 @@ def test_chip_hours_follow_from_the_floor():
 
 
 def test_every_stage_lists_its_programs():
-    config = qwen3_8b.get_config()
-    names = [(p.stage, p.name) for p in list_programs(config, tuple(config.stages), 8)]
+    names = [(p.stage, p.name) for p in list_programs(SETTINGS, SETTINGS.stages, 8)]
     assert names == [
         ("sft_data", "prefill"),
         ("sft_data", "decode 8 tokens"),
@@ -138,6 +142,10 @@ def test_every_stage_lists_its_programs():
         ("precompute", "decode 8 tokens"),
         ("precompute", "scoring by the teacher"),
         ("precompute", "scoring by π_ref"),
+        ("heldout", "prefill"),
+        ("heldout", "decode 8 tokens"),
+        ("heldout", "scoring by the teacher"),
+        ("heldout", "scoring by π_ref"),
         ("opd", "training step"),
     ]
 

@@ -3,7 +3,7 @@
 `LOPD_KILLS=20 pytest tests/test_precompute.py -k killed` kills more often than CI has time for.
 """
 
-import dataclasses
+import collections
 import errno
 import itertools
 import json
@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import random_params
 from test_model import transformers_model
-from tiny_run import REPOSITORY, SETTINGS, run, save_models, tiny_config
+from tiny_run import REPOSITORY, SETTINGS, open_run, run, save_models, tiny_settings
 
 from lopd import config as lopd_config
 from lopd.artefacts.artefact import Artefact
@@ -30,12 +30,14 @@ from lopd.cache.codec import shard_name
 from lopd.cache.fields import RESPONSE_FIELDS
 from lopd.cache.reader import Records
 from lopd.checkpoints import hugging_face
+from lopd.config.checks import check_settings
 from lopd.errors import UserError
 from lopd.machine import devices, shutdown
+from lopd.rollouts import passes, stream
 from lopd.sampling import decode, placement
 from lopd.sampling.engine import Request, Response, Sampling
-from lopd.stages import common, heldout, precompute, rollouts
-from lopd.stages.run import Context
+from lopd.stages import scored
+from lopd.stages.weights import load_params
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +96,18 @@ def test_content_does_not_depend_on_slots(models, whole, tmp_path, slots, decode
 
 def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
     """By default 256 a device, which here is there, and no more than the job has responses."""
-    assert lopd_config.paper_config().runtime.slots == 0
+    assert lopd_config.paper_config().runtime.slots is None
 
     def slots(number, responses=None):
-        config = tiny_config(runtime__slots=number)
-        ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
-        params = random_params(ctx.model("student"), 0)
-        section = config.precompute
-        return common.sampler(ctx, "student", params, section, "", responses=responses).slots
+        opened = open_run(models, tiny_settings(runtime__slots=number))
+        params = random_params(opened.model("student"), 0)
+        plan = scored.sampler_plan(opened, "student", opened.settings.precompute, "")
+        return plan.make(params, responses=responses).slots
 
-    devices = jax.device_count()
-    assert (slots(0), slots(0, 12), slots(20, 12), slots(8, 12)) == (256 * devices, 12, 12, 8)
-    monkeypatch.setattr(placement, "_available_host_memory", lambda: devices * 2**17)
-    assert 0 < slots(0) < 20
+    count = jax.device_count()
+    assert (slots(None), slots(None, 12), slots(20, 12), slots(8, 12)) == (256 * count, 12, 12, 8)
+    monkeypatch.setattr(placement, "_available_host_memory", lambda: count * 2**17)
+    assert 0 < slots(None) < 20
     with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
         slots(20_000)
     with pytest.raises(UserError, match=r"runtime\.slots=20000: memory is left for"):
@@ -117,13 +118,11 @@ def test_slots_follow_from_memory_unless_they_are_set(models, monkeypatch):
 @pytest.fixture(scope="module")
 def twins(models, tmp_path_factory):
     """The teacher and π_ref as Transformers reads what we export, in float64."""
-    config, folder = tiny_config(), tmp_path_factory.mktemp("twins")
-    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
-    found = {}
+    folder, opened, found = tmp_path_factory.mktemp("twins"), open_run(models, tiny_settings()), {}
     for stage, which in (("teacher", "teacher"), ("sft", "student")):
         (folder / stage).mkdir()
-        params = ctx.load_params(stage, which)
-        hugging_face.save_checkpoint(folder / stage, ctx.model(which), params, end_id=1)
+        params = load_params(opened, stage)
+        hugging_face.save_checkpoint(folder / stage, opened.model(which), params, end_id=1)
         found[stage] = transformers_model(folder / stage, torch.float64)
     return found
 
@@ -148,7 +147,7 @@ def float64_logprobs(model, record, temperature=1.0, top_p=1.0) -> np.ndarray:
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_logprobs_equal_transformers_in_float64(models, whole, twins, tmp_path, top_p):
     """All three of a dozen records, those of sampling at the cache's temperature and truncation."""
-    cache, temperature = whole, tiny_config().precompute.temperature
+    cache, temperature = whole, tiny_settings().precompute.temperature
     assert temperature != 1
     if top_p < 1:
         changes = {"precompute__prompts": 12, "precompute__top_p": top_p}
@@ -209,26 +208,26 @@ def test_an_interrupted_merge_is_continued(models, whole, tmp_path, monkeypatch)
 def test_models_in_turns_make_the_same(models, whole, tmp_path, monkeypatch, capsys):
     """Too little memory for both: all sampling, then the teacher; also after a stop between."""
     monkeypatch.setattr(devices, "device_memory", lambda mesh: 1)
-    load, loaded = Context.load_params, []
+    load, loaded = scored.load_params, []
 
-    def failing(ctx, stage, which):
+    def failing(opened, stage):
         loaded.append(stage)
         if loaded == ["sft", "teacher"]:
             raise KeyboardInterrupt
-        return load(ctx, stage, which)
+        return load(opened, stage)
 
-    monkeypatch.setattr(Context, "load_params", failing)
+    monkeypatch.setattr(scored, "load_params", failing)
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path, "precompute")
     assert "student and teacher would take" in capsys.readouterr().out
     waiting = reader.read_shard(
-        Artefact(tmp_path / "precompute" / precompute.SAMPLED), shard_name(3, 5)
+        Artefact(tmp_path / "precompute" / passes.SAMPLED), shard_name(3, 5)
     )
     assert "ref_logprobs" in waiting[0] and "teacher_logprobs" not in waiting[0]
     monkeypatch.setattr(devices, "device_memory", lambda mesh: 2**40)  # goes on as it began
     assert content(run(models, tmp_path, "precompute")) == content(whole)
     assert loaded == ["sft", "teacher", "teacher"]  # nothing was sampled again
-    assert not (tmp_path / "precompute" / precompute.SAMPLED).exists()
+    assert not (tmp_path / "precompute" / passes.SAMPLED).exists()
 
 
 def test_top_k_of_the_teacher(models, whole, tmp_path):
@@ -250,16 +249,18 @@ def test_top_k_of_the_teacher(models, whole, tmp_path):
 
 
 def test_resident_bytes_counts_every_copy(models):
-    config = tiny_config()
+    def resident(**changes) -> int:
+        opened = open_run(models, tiny_settings(**changes))
+        scorers = [scored.scorer(opened, which, 128) for which in ("student", "teacher")]
+        return passes.resident_bytes(*scorers)
+
     sizes = {which: 0 for which in ("teacher", "student")}
-    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
     for which in sizes:
-        leaves = jax.tree.leaves(random_params(ctx.model(which), 0))
+        leaves = jax.tree.leaves(random_params(open_run(models, tiny_settings()).model(which), 0))
         sizes[which] = sum(leaf.size for leaf in leaves)
-    assert precompute.resident_bytes(ctx) == 4 * (sizes["teacher"] + sizes["student"])
-    half = tiny_config(dtype="bfloat16", teacher__checkpoint=str(models))  # no artefact: external
-    half = dataclasses.replace(ctx, config=half)
-    assert precompute.resident_bytes(half) == 2 * sizes["teacher"] + 6 * sizes["student"]
+    assert resident() == 4 * (sizes["teacher"] + sizes["student"])
+    half = {"dtype": "bfloat16", "teacher__checkpoint": str(models)}  # no artefact: adopted
+    assert resident(**half) == 2 * sizes["teacher"] + 6 * sizes["student"]
 
 
 def test_heldout_is_disjoint_and_of_the_same_schema(models, whole, tmp_path):
@@ -276,52 +277,67 @@ def test_heldout_is_disjoint_and_of_the_same_schema(models, whole, tmp_path):
 def test_heldout_leaves_out_what_a_given_cache_holds(models, tmp_path):
     """A cache from elsewhere may hold any prompt: here, those that would be held out."""
     more = run(models, tmp_path, "precompute", precompute__prompts=46)
-    config = tiny_config(opd__cache=str(more.path), sft__checkpoint=str(models / "sft"))
-    ctx = Context(config, tmp_path, devices.make_mesh(config.mesh.to_dict()))
-    assert len(heldout.prompts(ctx)) == 6
+    given = {"opd__cache": str(more.path), "sft__checkpoint": str(models / "sft")}
+    assert len(scored.heldout_requests(open_run(tmp_path, tiny_settings(**given)))) == 6
 
 
 def test_all_prompts_means_all_but_the_held_out(models, monkeypatch):
-    """`precompute.prompts=0`, as of a file of problems."""
-    config = tiny_config(precompute__prompts=0)
-    ctx = Context(config, models, devices.make_mesh(config.mesh.to_dict()))
-    every = list(ctx.task.problems("opd", 50, 0))
-    monkeypatch.setattr(type(ctx.task), "problems", lambda *args: iter(every))
-    train, held = precompute.opd_problems(ctx)
+    """`precompute.prompts=None`, as of a file of problems."""
+    opened = open_run(models, tiny_settings(precompute__prompts=None))
+    every = list(opened.task.problems("opd", 50, 0))
+    monkeypatch.setattr(type(opened.task), "problems", lambda *args: iter(every))
+    train, held = opened.prompts.opd.problems, opened.prompts.heldout.problems
     assert (len(train), len(held)) == (38, 12)
     assert sorted(p.problem_id for p in train + held) == sorted(p.problem_id for p in every)
-    assert precompute.settings(ctx)["heldout_prompts"] == 12
+    assert scored.cache_settings(opened)["heldout_prompts"] == 12
+
+
+def test_prompts_are_read_split_and_tokenised_once(models, tmp_path, monkeypatch):
+    """By all stages of a run together, checks before work included."""
+    calls, addition = collections.Counter(), type(open_run(models, tiny_settings()).task)
+    problems, encode = addition.problems, addition.encode
+
+    def counting_problems(task, split, *args):
+        calls[split] += 1
+        return problems(task, split, *args)
+
+    def counting_encode(task, problem, tokenizer):
+        calls["prompts"] += 1
+        return encode(task, problem, tokenizer)
+
+    monkeypatch.setattr(addition, "problems", counting_problems)
+    monkeypatch.setattr(addition, "encode", counting_encode)
+    run(models, tmp_path, "precompute", "heldout")
+    assert calls == {"opd": 1, "prompts": 40 + 12}
 
 
 @pytest.mark.parametrize(
     ("setting", "value"), [("temperature", 0.8), ("top_p", 0.9), ("prompts", 0)]
 )
 def test_heldout_must_be_of_the_reference_itself(setting, value):
-    config = tiny_config(**{f"heldout__{setting}": value})
+    settings = tiny_settings(**{f"heldout__{setting}": value})
     with pytest.raises(UserError, match=f"heldout.{setting}={value}"):
-        lopd_config.validate(config, ("heldout",))
+        check_settings(settings, ("heldout",))
 
 
 def test_changed_prompts_are_refused(models, tmp_path):
-    config = tiny_config()
-    ctx = Context(config, tmp_path, devices.make_mesh(config.mesh.to_dict()))
     artefact = Artefact(tmp_path / "precompute")
     artefact.begin("precompute", {}, {})
     requests = [Request(i, 0, [3, 4, i]) for i in range(20)]
-    assert rollouts.make_plan(ctx, artefact, requests).missing == [0, 1, 2]
+    assert stream.make_plan(artefact, requests, 8).missing == [0, 1, 2]
     requests[7] = Request(7, 0, [3, 4, 9])
     with pytest.raises(UserError, match="was begun with other prompts"):
-        rollouts.make_plan(ctx, artefact, requests)
+        stream.make_plan(artefact, requests, 8)
 
 
 def test_a_gap_between_sampler_and_scorer_is_said_once(models, tmp_path, monkeypatch, caplog):
-    dispatch = precompute.dispatch_records
+    dispatch = passes.dispatch_records
 
     def off(*args, **kwargs):
         read = dispatch(*args, **kwargs)
         return lambda: [s.replace(logprobs=s.logprobs - 0.01) for s in read()]
 
-    monkeypatch.setattr(precompute, "dispatch_records", off)
+    monkeypatch.setattr(passes, "dispatch_records", off)
     artefact = run(models, tmp_path, "precompute", precompute__prompts=16)
     (message,) = [r.getMessage() for r in caplog.records if "sampler and scorer" in r.getMessage()]
     assert "differ by 0.01 nats (max over a shard)" in message and "at most 0.0001" in message
@@ -331,9 +347,9 @@ def test_a_gap_between_sampler_and_scorer_is_said_once(models, tmp_path, monkeyp
 # The job's own mechanics, with a sampler that the test controls.
 
 
-def fake_plan(ctx, artefact, count=24):
+def fake_plan(artefact, count=24):
     requests = [Request(i, 0, [3, 4]) for i in range(count)]
-    return rollouts.make_plan(ctx, artefact, requests)
+    return stream.make_plan(artefact, requests, 8)
 
 
 def fake_response(index: int, request: Request) -> Response:
@@ -344,32 +360,31 @@ def fake_response(index: int, request: Request) -> Response:
 
 
 def store(responses):
-    records = [rollouts.response_record(r) for r in responses]
+    records = [stream.response_record(r) for r in responses]
     return lambda: (records, totals.of_responses(records))
 
 
 @pytest.fixture
-def job(models, tmp_path):
-    ctx = Context(tiny_config(), tmp_path, None)
+def job(tmp_path):
     artefact = Artefact(tmp_path / "sft_data")
     artefact.begin("sft_data", {}, {})
-    return ctx, artefact
+    return artefact
 
 
-def write(ctx, artefact, sample):
-    plan = fake_plan(ctx, artefact)
-    rollouts.write_responses(artefact, plan, RESPONSE_FIELDS, sample, store)
+def write(artefact, sample):
+    plan = fake_plan(artefact)
+    stream.write_responses(artefact, plan, RESPONSE_FIELDS, sample, store)
 
 
 def test_one_stream_fills_shards_in_any_order(job):
-    ctx, artefact = job
+    artefact = job
     streams, order = [], random.Random(0).sample(range(24), 24)
 
     def sample(requests):
         streams.append(len(requests))
         yield from (fake_response(i, requests[i]) for i in order)
 
-    write(ctx, artefact, sample)
+    write(artefact, sample)
     assert streams == [24]
     names = [s["name"] for s in artefact.manifest["shards"]]
     assert names == [shard_name(i, 3) for i in range(3)]
@@ -380,7 +395,7 @@ def test_one_stream_fills_shards_in_any_order(job):
 
 def test_shards_are_written_while_sampling_goes_on(job):
     """The slowest response, of the first shard, comes only when the other two are on the disk."""
-    ctx, artefact = job
+    artefact = job
 
     def sample(requests):
         yield from (fake_response(i, requests[i]) for i in range(1, 24))
@@ -390,12 +405,12 @@ def test_shards_are_written_while_sampling_goes_on(job):
             time.sleep(0.01)
         yield fake_response(0, requests[0])
 
-    write(ctx, artefact, sample)
+    write(artefact, sample)
     assert writer.missing_shards(artefact, 3) == []
 
 
 def test_a_failed_write_stops_the_job_and_is_made_up_for(job, monkeypatch):
-    ctx, artefact = job
+    artefact = job
     write_shard, calls = writer.write_shard, itertools.count()
 
     def failing(*args):
@@ -413,27 +428,27 @@ def test_a_failed_write_stops_the_job_and_is_made_up_for(job, monkeypatch):
 
     monkeypatch.setattr(writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
-        write(ctx, artefact, sample)
+        write(artefact, sample)
     assert len(sampled) < 24 and writer.missing_shards(artefact, 3) == [1, 2]
     sampled.clear()
-    write(ctx, Artefact(artefact.path), sample)
+    write(Artefact(artefact.path), sample)
     assert sampled == list(range(8, 24))
 
 
 def test_a_stop_writes_full_shards_and_no_others(job):
-    ctx, artefact = job
+    artefact = job
 
     def sample(requests):
         yield from (fake_response(i, requests[i]) for i in range(12))
         raise shutdown.Stopped
 
     with pytest.raises(shutdown.Stopped):
-        write(ctx, artefact, sample)
+        write(artefact, sample)
     assert writer.missing_shards(artefact, 3) == [1, 2]
 
 
 def test_a_failed_write_is_not_hidden_by_a_stop(job, monkeypatch):
-    ctx, artefact = job
+    artefact = job
 
     def failing(*args):
         time.sleep(0.05)  # until the stop is there
@@ -445,7 +460,7 @@ def test_a_failed_write_is_not_hidden_by_a_stop(job, monkeypatch):
 
     monkeypatch.setattr(writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
-        write(ctx, artefact, sample)
+        write(artefact, sample)
 
 
 def test_a_stop_waits_for_no_response(models, tmp_path, monkeypatch):
@@ -461,7 +476,7 @@ def test_a_stop_waits_for_no_response(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "decode", counting)
     endless = {"end_ids": ()}
-    monkeypatch.setattr(common, "Sampling", lambda **fields: Sampling(**fields | endless))
+    monkeypatch.setattr(passes, "Sampling", lambda **fields: Sampling(**fields | endless))
     monkeypatch.setattr(shutdown, "requested", lambda: len(made) >= 3)
     changes = {"precompute__response_length": 400, "precompute__row_length": 411}
     with pytest.raises(shutdown.Stopped):

@@ -137,7 +137,7 @@ def test_what_refresh_needs_is_asked_for_before_any_work(models, tmp_path):
     with pytest.raises(UserError, match="the heldout artefact"):
         run(models, tmp_path, "opd", **SMALL, **given, opd__refresh_below=0.5)
     with pytest.raises(UserError, match="the teacher artefact"):
-        run(models, tmp_path, "opd", **EVERY, **given, teacher__checkpoint="")
+        run(models, tmp_path, "opd", **EVERY, **given, teacher__checkpoint=None)
     with pytest.raises(UserError, match=r"opd.refresh_below=1.5 must lie in"):
         run(models, tmp_path, "opd", **SMALL, **given, opd__refresh_below=1.5)
     assert not (tmp_path / "opd").exists()

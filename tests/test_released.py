@@ -20,6 +20,7 @@ from lopd.cache.__main__ import main
 from lopd.cache.reader import Records, verify_records
 from lopd.cache.released import import_released, read_released
 from lopd.checkpoints import hugging_face
+from lopd.config import read_settings
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.models import decoder
@@ -208,6 +209,6 @@ def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
         "opd.cache": str(cache.path), "sft.checkpoint": str(student), "sft.teacher": "theirs",
         "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,
     })  # fmt: skip
-    pipeline.run(config, str(tmp_path / "run"), ("opd",))
+    pipeline.run(read_settings(config), str(tmp_path / "run"), ("opd",))
     inputs = Artefact(tmp_path / "run" / "opd").manifest["inputs"]
     assert inputs == {"sft": cache.outputs["sft"], "precompute": cache.outputs["fingerprint"]}

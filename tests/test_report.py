@@ -12,7 +12,7 @@ import pytest
 
 from lopd import pipeline, report
 from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
-from lopd.config import STAGES, base_config
+from lopd.config import STAGES, base_config, read_settings
 from lopd.errors import UserError
 from lopd.machine import shutdown
 from lopd.report import __main__ as report_main
@@ -434,7 +434,7 @@ def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, sec
     monkeypatch.setattr(shutdown, "seconds_since_request", lambda: seconds)
     write_stage(tmp_path, "teacher", complete=False)
     with pytest.raises(shutdown.Stopped):
-        pipeline.run(base_config(), str(tmp_path), ("teacher",))
+        pipeline.run(read_settings(base_config()), str(tmp_path), ("teacher",))
     assert len([*tmp_path.glob("report.html")]) == pages
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from etils import epath
-from tiny_run import tiny_config
+from tiny_run import tiny_settings
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
@@ -31,7 +31,7 @@ def test_what_is_no_url_is_local(path):
 def test_settings_are_looked_at_for_urls_before_work(tmp_path):
     for name in ("opd__cache", "teacher__checkpoint", "task__opd_prompts", "tokenizer"):
         with pytest.raises(UserError, match=r"s4://x/y: this kind of URL"):
-            pipeline.run(tiny_config(**{name: "s4://x/y"}), str(tmp_path / "w"))
+            pipeline.run(tiny_settings(**{name: "s4://x/y"}), str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
@@ -57,7 +57,7 @@ def test_an_export_that_was_cut_off_is_no_checkpoint(tmp_path, which):
     (export.path / "config.json").write_text("{}")
     settings = {f"{which}__checkpoint": str(export.path)}
     with pytest.raises(UserError, match=r"export is not finished"):
-        pipeline.run(tiny_config(**settings), str(tmp_path / "w"))
+        pipeline.run(tiny_settings(**settings), str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 

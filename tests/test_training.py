@@ -29,10 +29,10 @@ from lopd.cache import reader, writer
 from lopd.cache.fields import SCORED_FIELDS
 from lopd.cache.reader import Records
 from lopd.checkpoints import orbax
-from lopd.config.settings import RuntimeSettings, TrainingRecipe
+from lopd.config.settings import TrainingRecipe
 from lopd.errors import UserError
 from lopd.machine import processes, shutdown, storage
-from lopd.models.shardings import param_shardings
+from lopd.models.shardings import abstract_params_on, param_shardings
 from lopd.objectives.sampled import cross_entropy, lightning_opd
 from lopd.report import write_report
 from lopd.training import metrics_files
@@ -338,22 +338,20 @@ def test_room_that_a_training_needs(
         shutil.copytree(whole[0] / "checkpoints" / str(step), directory / str(step))
     size, weights = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
                      for tree in (state, state.params))  # fmt: skip
-    runtime = RuntimeSettings(
-        checkpoint_every=every, keep_checkpoints=keep, keep_every=keep_every or None
-    )
+    settings = dict(checkpoint_every=every, keep_checkpoints=keep, keep_every=keep_every)
     needed = room[0] * size + room[1] * weights
     with_free(monkeypatch, tmp_path, needed)
-    orbax.check_room(directory, state, steps, runtime)
+    orbax.check_room(directory, state, state.params, steps=steps, **settings)
     with_free(monkeypatch, tmp_path, needed - 1)
     with pytest.raises(UserError, match=rf"{len(found)} are there"):
-        orbax.check_room(directory, state, steps, runtime)
+        orbax.check_room(directory, state, state.params, steps=steps, **settings)
 
 
 def fill_up_and_go_on(path, out):
     """On a file system of 2 MB: saves until it is full, and goes on once there is more room."""
     path = pathlib.Path(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orbax, "check_room", lambda *_: None)
+        patch.setattr(orbax, "check_room", lambda *_, **__: None)
         with pytest.raises(OSError) as raised:
             run_training(path, keep_checkpoints=9, checkpoint_every=1)
         assert raised.value.errno == errno.ENOSPC
@@ -485,7 +483,7 @@ def test_fingerprint_sees_one_bit_and_no_sharding():
 def test_saved_weights_come_back_on_another_mesh(tmp_path):
     params = random_params(CONFIG, 2)
     orbax.save_params(tmp_path / "params", sharded(params, mesh_of(1, 1, 1)))
-    loaded = orbax.load_params(tmp_path / "params", CONFIG, mesh_of(2, 2, 2))
+    loaded = orbax.load_params(tmp_path / "params", abstract_params_on(CONFIG, mesh_of(2, 2, 2)))
     assert params_fingerprint(loaded) == params_fingerprint(params)
     assert loaded["layers"]["mlp"]["up"].sharding.spec == P(None, "fsdp", "tensor")
 

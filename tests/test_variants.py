@@ -16,10 +16,13 @@ from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.cache import totals, writer
 from lopd.cache.fields import SCORED_FIELDS, top_k_fields
 from lopd.checkpoints import orbax
+from lopd.config import read_settings
 from lopd.errors import UserError
 from lopd.machine import devices
+from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
-from lopd.stages.run import PARAMS, Context
+from lopd.stages.run import Run
+from lopd.stages.weights import PARAMS
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 VOCAB, STORED_K, RECORDS = 21, 8, 24
@@ -86,15 +89,16 @@ def made(tmp_path_factory, one_device_mesh):
 
 def write_artefacts(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("made"), tiny_config()
-    ctx = Context(config, folder, devices.make_mesh(config.mesh.to_dict()))
-    model = ctx.model("student")
-    params = jax.device_put(random_params(model, 0), param_shardings(model, ctx.mesh))
+    settings = read_settings(config)
+    opened = Run(settings, absolute(folder), devices.make_mesh(settings.mesh.sizes))
+    model = opened.model("student")
+    params = jax.device_put(random_params(model, 0), param_shardings(model, opened.mesh))
     artefact = Artefact(folder / "sft")
     artefact.begin("sft", {}, {})
     orbax.save_params(artefact.path / PARAMS, params)
     sft = params_fingerprint(params)
     artefact.finish({"model": dataclasses.asdict(model), "fingerprint": sft, "teacher": "t"})
-    tokenizer = ctx.tokenizer.fingerprint
+    tokenizer = opened.tokenizer.fingerprint
     write_cache(folder / "precompute", make_records(1, RECORDS), sft, tokenizer)
     write_cache(folder / "plain", make_records(1, RECORDS), sft, tokenizer, top_k=0)
     write_cache(folder / "heldout", make_records(2, 8), sft, tokenizer)
@@ -110,7 +114,7 @@ def run(made, workdir, cache="precompute", heldout="heldout", **changes) -> list
     (workdir / "heldout").symlink_to(made / heldout)
     config = tiny_config(cache=str(made / cache), **changes)
     config.sft.checkpoint = str(made / "sft")
-    pipeline.run(config, str(workdir), ("opd",))
+    pipeline.run(read_settings(config), str(workdir), ("opd",))
     return [json.loads(x) for x in (workdir / "opd" / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -22,9 +22,12 @@ from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.checkpoints import orbax
+from lopd.config.settings import Settings, changed, read_settings
 from lopd.machine import devices
+from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
-from lopd.stages.run import PARAMS, Context
+from lopd.stages.run import Run
+from lopd.stages.weights import PARAMS
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 SETTINGS = {
@@ -41,35 +44,38 @@ def use_one_device(patch) -> None:
     patch.setattr(devices, "make_mesh", lambda sizes, devices=None: make(sizes, devices or first))
 
 
-def tiny_config(**changes):
+def tiny_settings(**changes) -> Settings:
     """The tiny config with SETTINGS and changes, named with __ for each dot."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    config.update_from_flattened_dict(SETTINGS | changes)
-    return config
+    return changed(read_settings(config), SETTINGS | changes)
+
+
+def open_run(workdir, settings: Settings) -> Run:
+    """A run with its devices, as the pipeline makes it."""
+    return Run(settings, absolute(workdir), devices.make_mesh(settings.mesh.sizes))
 
 
 def save_models(folder: pathlib.Path, **changes) -> None:
     """A teacher and a π_ref, as their stages would have left them: untrained weights."""
-    config = tiny_config(**changes)
-    ctx = Context(config, folder, devices.make_mesh(config.mesh.to_dict()))
+    opened = open_run(folder, tiny_settings(**changes))
     teacher = None
     for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
-        params = random_params(ctx.model(which), seed)
-        params = jax.device_put(params, param_shardings(ctx.model(which), ctx.mesh))
+        params = random_params(opened.model(which), seed)
+        params = jax.device_put(params, param_shardings(opened.model(which), opened.mesh))
         artefact = Artefact(folder / stage)
         artefact.begin(stage, {}, {})
         orbax.save_params(artefact.path / PARAMS, params)
         fingerprint = params_fingerprint(params)
         teacher = teacher or fingerprint
-        outputs = {"model": dataclasses.asdict(ctx.model(which)), "fingerprint": fingerprint}
+        outputs = {"model": dataclasses.asdict(opened.model(which)), "fingerprint": fingerprint}
         artefact.finish(outputs | {"teacher": teacher})
 
 
 def run(models, workdir, *stages, worker=None, **changes) -> Artefact:
     """The stages in this process; returns the artefact of the last."""
     given = {"teacher__checkpoint": f"{models}/teacher", "sft__checkpoint": f"{models}/sft"}
-    pipeline.run(tiny_config(**given | changes), str(workdir), stages, worker)
+    pipeline.run(tiny_settings(**given | changes), str(workdir), stages, worker)
     part = "-{}-of-{}".format(*worker) if worker else ""
     return Artefact(pathlib.Path(workdir) / f"{stages[-1]}{part}")
 

@@ -16,9 +16,9 @@ import sys
 
 from absl import logging
 
+from lopd import cli
 from lopd.artefacts.artefact import open_complete
 from lopd.errors import UserError
-from lopd.machine import shutdown
 from lopd.machine.storage import absolute
 
 
@@ -86,13 +86,12 @@ def _from_parquet(args: argparse.Namespace) -> None:
 
 
 def _import_released(args: argparse.Namespace) -> None:
-    from lopd import main
     from lopd.stages import released
 
-    main.parse_flags(["lopd.cache", *args.settings])
-    if main.CONFIG.value is None:
+    cli.parse_flags(["lopd.cache", *args.settings])
+    if cli.CONFIG.value is None:
         raise UserError("import-released needs --config=FILE, as lopd.main does")
-    print(released.run(main.CONFIG.value, args.file, args.dir))
+    print(released.import_file(cli.settings(), args.file, args.dir))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,11 +130,8 @@ def main() -> None:
     if settings and args.command != "import-released":
         _parser().error(f"unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
-    try:
+    with cli.one_line_errors():
         args.run(args)
-    except (UserError, OSError) as error:
-        print(f"lopd: error: {error}", file=sys.stderr)
-        sys.exit(shutdown.EXIT_ERROR)
 
 
 if __name__ == "__main__":

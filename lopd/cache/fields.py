@@ -68,6 +68,12 @@ def _check_top_k(record: dict, where: str) -> None:
         raise UserError(f"{where}: teacher_topk_ids are not distinct, or not the likeliest first")
 
 
+def stored_top_k(description: dict) -> int:
+    """How many of the teacher's most likely tokens records hold, by their manifest's `fields`."""
+    _, shape = description.get(_TOP_K_FIELDS[0], (None, (0,)))
+    return shape[-1]
+
+
 def check_record(record: dict, where: str) -> None:
     """Refuses a record that would silently train on nothing or on garbage.
 

@@ -1,4 +1,4 @@
-"""Qwen3's weights in Hugging Face's format, in and out: one table says where every tensor goes.
+"""Weights in Hugging Face's format, in and out; `lopd.models.parameters` says where each lies.
 
 Weights travel one tensor at a time from the files straight into their sharding on the mesh, and
 one file at a time back, so that the host never holds a model.
@@ -20,7 +20,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from lopd.artefacts.artefact import MANIFEST, open_complete
 from lopd.checkpoints import safetensors_file
@@ -29,42 +29,14 @@ from lopd.checkpoints.safetensors_file import StoredTensor
 from lopd.errors import UserError
 from lopd.machine import processes, sharding
 from lopd.machine.storage import check_url, is_local, write_atomically
-from lopd.models import decoder
-from lopd.models.decoder import DecoderConfig, Params
-from lopd.models.shardings import check_divisible, param_shardings
+from lopd.models.decoder_config import DecoderConfig
+from lopd.models.parameters import HEAD_NAME, Params, parameters
+from lopd.models.shardings import abstract_params_on, check_divisible
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
-
-_NAMES = {
-    ("embed",): "model.embed_tokens.weight",
-    ("final_norm",): "model.norm.weight",
-    ("lm_head",): "lm_head.weight",
-    ("layers", "input_norm"): "model.layers.{}.input_layernorm.weight",
-    ("layers", "post_attention_norm"): "model.layers.{}.post_attention_layernorm.weight",
-    ("layers", "attention", "q"): "model.layers.{}.self_attn.q_proj.weight",
-    ("layers", "attention", "k"): "model.layers.{}.self_attn.k_proj.weight",
-    ("layers", "attention", "v"): "model.layers.{}.self_attn.v_proj.weight",
-    ("layers", "attention", "o"): "model.layers.{}.self_attn.o_proj.weight",
-    ("layers", "attention", "q_norm"): "model.layers.{}.self_attn.q_norm.weight",
-    ("layers", "attention", "k_norm"): "model.layers.{}.self_attn.k_norm.weight",
-}
-_DENSE_NAMES = {
-    ("layers", "mlp", "gate"): "model.layers.{}.mlp.gate_proj.weight",
-    ("layers", "mlp", "up"): "model.layers.{}.mlp.up_proj.weight",
-    ("layers", "mlp", "down"): "model.layers.{}.mlp.down_proj.weight",
-}
-_MOE_NAMES = {
-    ("layers", "mlp", "router"): "model.layers.{}.mlp.gate.weight",
-    ("layers", "mlp", "gate"): "model.layers.{}.mlp.experts.{}.gate_proj.weight",
-    ("layers", "mlp", "up"): "model.layers.{}.mlp.experts.{}.up_proj.weight",
-    ("layers", "mlp", "down"): "model.layers.{}.mlp.experts.{}.down_proj.weight",
-}
-"""Our parameter → the file's names; each {} counts along one leading axis of ours."""
-
-_HEAD = _NAMES[("lm_head",)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,36 +54,24 @@ class _Place:
 
 def _places(config: DecoderConfig) -> dict[str, _Place]:
     """Where every tensor of a checkpoint goes, by its name in the file."""
-    names = _NAMES | (_MOE_NAMES if config.num_experts else _DENSE_NAMES)
     places = {}
-    for param, leaf in flatten_dict(decoder.abstract_params(config)).items():
-        stacked = names[param].count("{}")
-        shape = leaf.shape[stacked:]
-        transposed = param[0] == "layers" and len(shape) > 1
-        if transposed:
-            inputs = 2 if param[-1] == "o" else 1
-            shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-        for index in np.ndindex(*leaf.shape[:stacked]):
-            places[names[param].format(*index)] = _Place(param, index, shape, transposed)
+    for param, row in parameters(config).items():
+        leading = (config.num_hidden_layers,) * row.stacked + row.shape[: row.listed]
+        for index in np.ndindex(*leading):
+            place = _Place(param, index, row.file_shape, transposed=row.contracted > 0)
+            places[row.name.format(*index)] = place
     return places
 
 
-def _file_sharding(
-    config: DecoderConfig, mesh: Mesh
-) -> dict[tuple[str, ...], tuple[NamedSharding, NamedSharding]]:
-    """For each parameter: its sharding, and that of one of its tensors in the file's layout."""
-    shardings = flatten_dict(param_shardings(config, mesh))
-    axes = flatten_dict(decoder.logical_axes(config))
-    result = {}
-    for place in _places(config).values():
-        if place.param in result:
-            continue
-        names = axes[place.param][len(place.index) :]
-        if place.transposed:
-            names = [name for name in reversed(names) if name != "head_dim"]
-        spec = PartitionSpec(*(sharding.RULES[name] for name in names))
-        result[place.param] = shardings[place.param], NamedSharding(mesh, spec)
-    return result
+def _file_shardings(config: DecoderConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
+    """For each parameter, the sharding of one of its tensors in the file's layout.
+
+    Of our axes that make up one of a file's, only the first is ever split.
+    """
+    return {
+        param: NamedSharding(mesh, sharding.spec(*(row.axes[group[0]] for group in row.file_axes)))
+        for param, row in parameters(config).items()
+    }
 
 
 # Import
@@ -247,23 +207,22 @@ def load_checkpoint(
     check_divisible(config, mesh, str(path))
     places, stored = _places(config), _stored_tensors(path)
     # Some files of tied models repeat the embedding as the head.
-    repeated_head = stored.pop(_HEAD, None) if config.tie_word_embeddings else None
+    repeated_head = stored.pop(HEAD_NAME, None) if config.tie_word_embeddings else None
     _check_tensors(path, places, stored)
 
-    shardings = _file_sharding(config, mesh)
+    file_shardings = _file_shardings(config, mesh)
     params = {
-        param: jnp.zeros(leaf.shape, param_dtype, device=shardings[param][0])
-        for param, leaf in flatten_dict(decoder.abstract_params(config)).items()
+        param: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        for param, leaf in flatten_dict(abstract_params_on(config, mesh, param_dtype)).items()
     }
     for name, tensor in sorted(stored.items(), key=lambda x: (str(x[1].path), x[0])):
         place = places[name]
-        sharding, file_sharding = shardings[place.param]
         params[place.param] = _insert(
             params[place.param],
-            _put(tensor, file_sharding),
+            _put(tensor, file_shardings[place.param]),
             place.index,
             transposed=place.transposed,
-            sharding=sharding,
+            sharding=params[place.param].sharding,
         )
         # Dispatch is asynchronous: without this, tensors would queue up on the host.
         params[place.param].block_until_ready()
@@ -277,7 +236,7 @@ def _check_repeated_head(path: epath.Path, embed: jax.Array, head: StoredTensor)
     same = head.shape == embed.shape and bool(_all_equal(embed, _put(head, embed.sharding)))
     if not same:
         raise UserError(
-            f"{path}: {_HEAD} differs from the embedding, but its config.json says "
+            f"{path}: {HEAD_NAME} differs from the embedding, but its config.json says "
             "tie_word_embeddings; one of them is wrong"
         )
 

@@ -14,21 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from lopd.artefacts.artefact import differences
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.errors import UserError
-from lopd.machine import devices
 from lopd.machine.storage import is_local
-from lopd.models import decoder
-from lopd.models.shardings import param_shardings
-from lopd.training.state import TrainState
+from lopd.models.memory import tree_bytes
 
 _DAMAGE = (ValueError, KeyError, AttributeError, AssertionError, FileNotFoundError)
 """What is raised when a file of a checkpoint was deleted, cut or changed.
@@ -66,15 +61,19 @@ def open_manager(
     return ocp.CheckpointManager(directory, options=options)
 
 
-def save_params(path: epath.Path, params: decoder.Params) -> None:
+def save_params(path: epath.Path, params: Any) -> None:
     """Writes finished weights; the directory appears only when it is whole."""
     with full_disk_is_an_os_error(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params, force=True)
 
 
-def load_params(path: epath.Path, config: decoder.DecoderConfig, mesh: Mesh) -> decoder.Params:
-    """Reads finished weights straight into their sharding on the mesh."""
-    target = devices.with_shardings(decoder.abstract_params(config), param_shardings(config, mesh))
+def load_params(path: epath.Path, target: Any) -> Any:
+    """Reads finished weights straight into the shapes, types and shardings of `target`.
+
+    Args:
+      path: what `save_params` wrote.
+      target: a tree of `jax.ShapeDtypeStruct` (`lopd.models.shardings.abstract_params_on`).
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)
 
@@ -94,7 +93,14 @@ def full_disk_is_an_os_error() -> Iterator[None]:
 
 
 def check_room(
-    directory: epath.Path, abstract: TrainState, steps: int, runtime: ml_collections.ConfigDict
+    directory: epath.Path,
+    state: Any,
+    weights: Any,
+    *,
+    steps: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+    keep_every: int,
 ) -> None:
     """Refuses to start on a local disk that cannot hold what a training of so many steps writes.
 
@@ -102,31 +108,36 @@ def check_room(
     that `keep_every` keeps for good; the weights are written last, beside those that are left. What
     is there already counts.
 
+    Args:
+      directory: where the checkpoints are to lie.
+      state: what a checkpoint holds, a tree of arrays or of their shapes and types.
+      weights: what is written at the end, another one.
+      steps: of the whole training.
+      checkpoint_every: steps between two checkpoints.
+      keep_checkpoints: how many of the newest stay.
+      keep_every: those whose step this divides stay too; 0 for none.
+
     Raises:
       UserError: saying how much is needed and how much there is.
     """
     if not is_local(directory):
         return
-    size, weights = _bytes(abstract), _bytes(abstract.params)
-    saves = range(runtime.checkpoint_every, steps, runtime.checkpoint_every)
-    stay = {step for step in saves if runtime.keep_every and step % runtime.keep_every == 0}
-    most = len(stay.union(saves[-runtime.keep_checkpoints - 1 :]))
-    left = len(stay.union(saves[-runtime.keep_checkpoints :]))
+    size, last = tree_bytes(state), tree_bytes(weights)
+    saves = range(checkpoint_every, steps, checkpoint_every)
+    stay = {step for step in saves if keep_every and step % keep_every == 0}
+    most = len(stay.union(saves[-keep_checkpoints - 1 :]))
+    left = len(stay.union(saves[-keep_checkpoints:]))
     there = len(ocp.utils.checkpoint_steps(directory)) if directory.exists() else 0
     # A stop saves too, whatever is there.
-    needed = max(size, (most - there) * size, (left - there) * size + weights)
+    needed = max(size, (most - there) * size, (left - there) * size + last)
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
         raise UserError(
             f"{directory} needs room for {most} checkpoints of {_gib(size)} ({there} are there) "
-            f"and for the weights, {_gib(weights)}, but {_gib(free)} is free: free "
+            f"and for the weights, {_gib(last)}, but {_gib(free)} is free: free "
             f"{_gib(needed - free)}, or keep fewer with runtime.keep_checkpoints and "
             "runtime.keep_every"
         )
-
-
-def _bytes(abstract: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def _gib(size: int) -> str:

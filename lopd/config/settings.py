@@ -12,6 +12,7 @@ part of a stage's identity. Rules that concern one setting stand beside it, rule
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -231,6 +232,11 @@ class MeshSettings:
     fsdp: int = 1
     tensor: int = 1
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By the name of the axis."""
+        return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MetricsSettings:
@@ -354,6 +360,11 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
       UserError: one line that names the setting, its value and what it must be.
     """
     return _read(Settings, config.to_dict(), "")
+
+
+def read_key(settings: Settings, key: str) -> Any:
+    """The setting of a dotted key, as "teacher.checkpoint"."""
+    return functools.reduce(getattr, key.split("."), settings)
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:

@@ -1,92 +1,43 @@
-"""Qwen3, dense and mixture of experts: configuration, parameters and forward pass.
+"""Decoders of the Qwen and Llama families, dense and mixture of experts: the forward pass.
 
-Parameters are a plain nested dict whose `layers` are stacked on axis 0, so that training scans
-over them. The Linen modules only describe one layer: they are used through `init` and `apply`.
-Architecture: Qwen3 technical report (arXiv 2505.09388) and the published `config.json` files.
+Parameters are a plain nested dict (`lopd.models.parameters`) whose `layers` are stacked on axis 0,
+so that training scans over them. The Linen modules only describe one layer: they are used through
+`init` and `apply`. Architecture: Qwen3 technical report (arXiv 2505.09388) and the published
+`config.json` files; what sets other families apart are flags of `DecoderConfig`.
 
 Shape letters: B batch, T query length, S key length, D hidden, H query heads, K key/value heads,
 G = H / K, N head dim, F intermediate size, E experts, V vocabulary.
 """
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
-from lopd.errors import UserError
 from lopd.machine.sharding import constrain
 from lopd.models import moe
 from lopd.models.attention import SAVED_NAME, attend
+from lopd.models.decoder_config import DecoderConfig
 from lopd.models.kv_cache import KVCache
+from lopd.models.parameters import Parameter, Params, parameter_table
+from lopd.models.parameters import abstract_params as abstract_params
+from lopd.models.parameters import logical_axes as logical_axes
 from lopd.models.projection import OutputFirst, project
-
-Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and numerics of a Qwen3 model, with the field names of Hugging Face's `config.json`.
-
-    `num_experts` of 0 is a dense model; otherwise every layer is a mixture of experts, and
-    `intermediate_size` goes unused. `dtype` is the compute type; parameters are held in float32
-    unless a caller casts them.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 40960
-    initializer_range: float = 0.02
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    router_aux_loss_coef: float = 0.001
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"model: head_dim={self.head_dim} must be even (rotary embedding)")
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UserError(
-                f"model: num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                f"num_experts={self.num_experts}"
-            )
-        if self.num_experts and self.moe_intermediate_size < 1:
-            raise UserError("model: a mixture of experts needs moe_intermediate_size")
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        """The type of activations and matmul operands."""
-        return jnp.dtype(self.dtype)
+from lopd.models.rotary import rotary_tables, rotate
 
 
-def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """A float32 master weight with logical axis names, cast to the compute type.
+def _parameter(module: nn.Module, name: str) -> jax.Array:
+    """A leaf of a layer as the table has it, in float32 unless a caller cast it."""
+    row = parameter_table(module.config)["layers"]
+    for part in (*module.path, name):
+        row = row[part]
+    return module.param(name, row.initializer(module.config), row.shape, jnp.float32)
 
-    Or what `lopd.models.inference` made of it.
-    """
+
+def _kernel(module: nn.Module, name: str) -> jax.Array | OutputFirst:
+    """A matrix in the compute type, or what `lopd.models.inference` made of it."""
     if isinstance(stored := module.get_variable("params", name), OutputFirst):
         return stored
-    init = nn.with_logical_partitioning(
-        nn.initializers.normal(module.config.initializer_range), axes
-    )
-    return module.param(name, init, shape, jnp.float32).astype(module.config.compute_dtype)
+    return _parameter(module, name).astype(module.config.compute_dtype)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -96,48 +47,28 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _scale(module: nn.Module, name: str, size: int, axis: str) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
-    return module.param(name, init, (size,), jnp.float32)
-
-
-def _rotate(x_BTHN: jax.Array, cos_BTN: jax.Array, sin_BTN: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves convention (arXiv 2104.09864)."""
-    first, second = jnp.split(x_BTHN.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTN[:, :, None], sin_BTN[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHN.dtype)
-
-
-def rotary_tables(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, N/2] in float32 for absolute positions."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions_BT.astype(jnp.float32)[..., None] / config.rope_theta**exponent
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with per-head RMSNorm on queries and keys before RoPE."""
+    """Grouped-query attention; biases, then RMSNorm on queries and keys, come before RoPE."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache, row_states):
         c = self.config
-        D, H, K, N = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q = project(x_BTD, _kernel(self, "q", (D, H, N), ("embed", "heads", "head_dim")))
-        k = project(x_BTD, _kernel(self, "k", (D, K, N), ("embed", "kv_heads", "head_dim")))
-        v = project(x_BTD, _kernel(self, "v", (D, K, N), ("embed", "kv_heads", "head_dim")))
-        q = _rms_norm(q, _scale(self, "q_norm", N, "head_dim"), c.rms_norm_eps)
-        k = _rms_norm(k, _scale(self, "k_norm", N, "head_dim"), c.rms_norm_eps)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        q, k, v = (project(x_BTD, _kernel(self, name)) for name in ("q", "k", "v"))
+        if c.attention_bias:
+            biases = (_parameter(self, name) for name in ("q_bias", "k_bias", "v_bias"))
+            q, k, v = (x + b.astype(x.dtype) for x, b in zip((q, k, v), biases, strict=True))
+        if c.qk_norm:
+            q = _rms_norm(q, _parameter(self, "q_norm"), c.rms_norm_eps)
+            k = _rms_norm(k, _parameter(self, "k_norm"), c.rms_norm_eps)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
         if layer_cache is None:
             out, kv = attend(q, k, v, segment_ids_BT), (k, v)
         else:
             out, kv = layer_cache.extend(q[:, 0], k[:, 0], v[:, 0], *row_states)
             out = out[:, None]
-        kernel = _kernel(self, "o", (H, N, D), ("heads", "head_dim", "embed"))
-        return project(out, kernel, 2), kv
+        return project(out, _kernel(self, "o"), 2), kv
 
 
 class MLP(nn.Module):
@@ -147,10 +78,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        D, F = self.config.hidden_size, self.config.intermediate_size
-        gate = project(x_BTD, _kernel(self, "gate", (D, F), ("embed", "mlp")))
-        up = project(x_BTD, _kernel(self, "up", (D, F), ("embed", "mlp")))
-        return project(nn.silu(gate) * up, _kernel(self, "down", (F, D), ("mlp", "embed")))
+        gate = project(x_BTD, _kernel(self, "gate"))
+        up = project(x_BTD, _kernel(self, "up"))
+        return project(nn.silu(gate) * up, _kernel(self, "down"))
 
 
 class MoE(nn.Module):
@@ -161,17 +91,12 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, counted_BT):
         c = self.config
-        D, E, F = c.hidden_size, c.num_experts, c.moe_intermediate_size
-        router = _kernel(self, "router", (D, E), ("embed", "expert"))
-        logits = jnp.einsum("btd,de->bte", x_BTD, router, preferred_element_type=jnp.float32)
-        routing = moe.route(logits, c.num_experts_per_tok, c.norm_topk_prob)
-        out = moe.experts_mlp(
-            x_BTD,
-            routing,
-            _kernel(self, "gate", (E, D, F), ("expert", "embed", "mlp")),
-            _kernel(self, "up", (E, D, F), ("expert", "embed", "mlp")),
-            _kernel(self, "down", (E, F, D), ("expert", "mlp", "embed")),
+        logits = jnp.einsum(
+            "btd,de->bte", x_BTD, _kernel(self, "router"), preferred_element_type=jnp.float32
         )
+        routing = moe.route(logits, c.num_experts_per_tok, c.norm_topk_prob)
+        matrices = (_kernel(self, name) for name in ("gate", "up", "down"))
+        out = moe.experts_mlp(x_BTD, routing, *matrices)
         return out, moe.router_load(routing, counted_BT)
 
 
@@ -188,17 +113,13 @@ class Block(nn.Module):
     def __call__(self, x_BTD, rotary, segment_ids_BT, layer_cache=None, row_states=None):
         c = self.config
         with jax.named_scope("attention"):
-            normed = _rms_norm(
-                x_BTD, _scale(self, "input_norm", c.hidden_size, "norm"), c.rms_norm_eps
-            )
+            normed = _rms_norm(x_BTD, _parameter(self, "input_norm"), c.rms_norm_eps)
             out, kv = Attention(c, name="attention")(
                 normed, rotary, segment_ids_BT, layer_cache, row_states
             )
             x_BTD = x_BTD + out
         with jax.named_scope("mlp"):
-            normed = _rms_norm(
-                x_BTD, _scale(self, "post_attention_norm", c.hidden_size, "norm"), c.rms_norm_eps
-            )
+            normed = _rms_norm(x_BTD, _parameter(self, "post_attention_norm"), c.rms_norm_eps)
             if c.num_experts:
                 out, load = MoE(c, name="mlp")(normed, segment_ids_BT > 0)
             else:
@@ -206,8 +127,11 @@ class Block(nn.Module):
             return x_BTD + out, kv, load
 
 
-def _boxed_init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Initial parameters in Flax's metadata boxes, which carry the logical axis names."""
+def init_params(config: DecoderConfig, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(0, initializer_range) matrices, unit norm scales, no bias.
+
+    A layer's are drawn by `Block.init`, so the key of each follows from Flax's names and order.
+    """
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     positions = jnp.zeros((1, 1), jnp.int32)
     inputs = (
@@ -218,37 +142,13 @@ def _boxed_init(config: DecoderConfig, key: jax.Array) -> Params:
     layers = jax.vmap(lambda k: Block(config).init(k, *inputs)["params"])(
         jax.random.split(layers_key, config.num_hidden_layers)
     )
-    layers = meta.map_axis_meta(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers)
-    normal = nn.initializers.normal(config.initializer_range)
-    shape = (config.vocab_size, config.hidden_size)
-    params = {
-        "embed": nn.with_logical_partitioning(normal, ("vocab", "embed"))(embed_key, shape),
-        "layers": layers,
-        "final_norm": nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))(
-            None, (config.hidden_size,)
-        ),
+    keys = {"embed": embed_key, "final_norm": key, "lm_head": head_key}
+    outside = {
+        name: row.initializer(config)(keys[name], row.shape)
+        for name, row in parameter_table(config).items()
+        if name != "layers"
     }
-    if not config.tie_word_embeddings:
-        params["lm_head"] = nn.with_logical_partitioning(normal, ("vocab", "embed"))(
-            head_key, shape
-        )
-    return params
-
-
-def init_params(config: DecoderConfig, key: jax.Array) -> Params:
-    """Random float32 parameters: normal(0, initializer_range) matrices and unit norm scales."""
-    return nn.unbox(_boxed_init(config, key))
-
-
-def abstract_params(config: DecoderConfig) -> Params:
-    """Shapes and types of the parameters, without computing them."""
-    return nn.unbox(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
-
-
-def logical_axes(config: DecoderConfig) -> Params:
-    """The logical axis names of every parameter, as a tree of PartitionSpec."""
-    boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return {**outside, "layers": layers}
 
 
 def output_head(params: Params) -> jax.Array:
@@ -257,9 +157,15 @@ def output_head(params: Params) -> jax.Array:
 
 
 def compute_params(config: DecoderConfig, params: Params) -> Params:
-    """Stacked parameters with the layers' matrices in the compute type; norm scales stay as is."""
-    cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 2 else x  # noqa: E731
-    return {**params, "layers": jax.tree.map(cast, params["layers"])}
+    """Stacked parameters with the layers' matrices and biases in the compute type."""
+
+    def cast(row: Parameter, x: jax.Array) -> jax.Array:
+        return x if row.kind == "norm" else x.astype(config.compute_dtype)
+
+    return {
+        **params,
+        "layers": jax.tree.map(cast, parameter_table(config)["layers"], params["layers"]),
+    }
 
 
 def _embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:

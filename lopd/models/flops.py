@@ -1,6 +1,6 @@
-"""How much of the hardware training uses: model FLOPs by formula over the devices' peak."""
+"""Model FLOPs by formula. Units: FLOPs, of all devices together."""
 
-from lopd.models.decoder import DecoderConfig
+from lopd.models.decoder_config import DecoderConfig
 
 
 def training_flops(config: DecoderConfig, positions: float, positions_squared: float) -> float:
@@ -23,3 +23,8 @@ def training_flops(config: DecoderConfig, positions: float, positions_squared: f
     layer = 2 * D * H * N + 2 * D * K * N + mlp
     weights = config.num_hidden_layers * layer + config.vocab_size * D
     return 6 * weights * positions + 6 * config.num_hidden_layers * H * N * positions_squared
+
+
+def forward_flops(config: DecoderConfig, tokens: float, context: float) -> float:
+    """Model FLOPs of a forward pass over tokens that attend to `context` others on average."""
+    return training_flops(config, tokens, 2 * tokens * context) / 3

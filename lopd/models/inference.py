@@ -6,6 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.models import decoder
+from lopd.models.parameters import Parameter, parameter_table
 from lopd.models.projection import OutputFirst
 
 
@@ -25,8 +26,8 @@ def to_inference_params(
     of: donating that ends them.
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
-    scan over stacked layers cannot (it would copy the whole cache every token). On CPU the matrices
-    are stored as `OutputFirst`, but for those of routers and experts.
+    scan over stacked layers cannot (it would copy the whole cache every token). On CPU what
+    the table calls `output_first` is stored so.
 
     Args:
       config: the model's shape.
@@ -37,16 +38,17 @@ def to_inference_params(
     if shardings:
         platform = shardings["embed"].mesh.devices.flat[0].platform
 
+    rows = parameter_table(config)["layers"]
+
     def one_layer(stacked, take):
         """Of each leaf `take(leaf, order)`, the order that its axes are stored in."""
 
-        def store(axes, leaf):
-            contracted = _contracted(axes[1:]) if platform == "cpu" else 0
-            stored = take(leaf, (*range(contracted, len(axes) - 1), *range(contracted)))
+        def store(row: Parameter, leaf):
+            contracted = row.contracted if platform == "cpu" and row.output_first else 0
+            stored = take(leaf, (*range(contracted, len(row.axes)), *range(contracted)))
             return OutputFirst(stored, contracted) if contracted else stored
 
-        is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree.map(store, decoder.logical_axes(config)["layers"], stacked, is_leaf=is_axes)
+        return jax.tree.map(store, rows, stacked)
 
     def convert(params):
         params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
@@ -61,11 +63,3 @@ def to_inference_params(
         layer = one_layer(shardings["layers"], sharding)
         shardings = {**shardings, "layers": (layer,) * config.num_hidden_layers}
     return jax.jit(convert, out_shardings=shardings)
-
-
-def _contracted(axes: PartitionSpec) -> int:
-    """How many of the first axes of a dense layer's matrix a product sums over; 0 for what is no
-    such matrix: norms, routers, experts."""
-    if len(axes) < 2 or "expert" in axes:
-        return 0
-    return 1 if axes[0] == "embed" else len(axes) - 1

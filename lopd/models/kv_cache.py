@@ -115,12 +115,6 @@ def rounded_capacity(capacity: int) -> int:
     return capacity if capacity <= CHUNK else -(-capacity // CHUNK) * CHUNK
 
 
-def bytes_per_row(config, capacity: int) -> int:
-    """What one row of a cache takes, over all layers."""
-    numbers = config.num_key_value_heads * rounded_capacity(capacity) * config.head_dim
-    return 2 * config.num_hidden_layers * numbers * config.compute_dtype.itemsize
-
-
 def empty_cache(config, batch: int, capacity: int) -> KVCache:
     """Zeros for `batch` rows of `capacity` positions or more, in the model's compute type."""
     capacity = rounded_capacity(capacity)

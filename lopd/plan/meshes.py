@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
-import ml_collections
 from jax.sharding import AbstractMesh, AxisType
 
+from lopd.config.settings import Settings, changed
 from lopd.errors import UserError
 from lopd.machine import sharding
 from lopd.models.memory import GIB
@@ -49,9 +49,9 @@ def rows_for(rows: int, sizes: Sizes) -> int:
     return -(-rows // shards) * shards
 
 
-def given_mesh(config: ml_collections.ConfigDict, chips: int) -> Sizes | None:
+def given_mesh(settings: Settings, chips: int) -> Sizes | None:
     """The mesh of the settings, where they have sizes of their own that fit; else None."""
-    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+    sizes = {axis: settings.mesh.sizes[axis] for axis in sharding.AXES}
     known = [n for n in sizes.values() if n > 0]
     for axis, n in sizes.items():
         if n == -1 and len(known) == 2 and chips % (known[0] * known[1]) == 0:
@@ -59,17 +59,15 @@ def given_mesh(config: ml_collections.ConfigDict, chips: int) -> Sizes | None:
     return sizes if sizes["data"] * sizes["fsdp"] * sizes["tensor"] == chips else None
 
 
-def choose(
-    config: ml_collections.ConfigDict, stages: tuple[str, ...], topology: Topology
-) -> tuple[Sizes, int]:
+def choose(settings: Settings, stages: tuple[str, ...], topology: Topology) -> tuple[Sizes, int]:
     """The first candidate that fits by formula, or the one nearest to fitting; and its rows.
 
     There always is one: with all chips on `data`, nothing but rows has to divide.
     """
     limit, nearest = HEADROOM * topology.chip.memory_gib * GIB, None
     for sizes in candidates(topology.chips):
-        rows = rows_for(config.runtime.rows_per_micro, sizes)
-        programs = list_programs(config, stages, rows)
+        rows = rows_for(settings.runtime.rows_per_micro, sizes)
+        programs = list_programs(settings, stages, rows)
         if not all(divides(program, sizes) for program in programs):
             continue
         peak = max(program.work(sizes).peak_bytes for program in programs)
@@ -80,7 +78,7 @@ def choose(
 
 
 def suggestion(
-    config: ml_collections.ConfigDict,
+    settings: Settings,
     program: Program,
     sizes: Sizes,
     rows: int,
@@ -95,11 +93,9 @@ def suggestion(
     limit = topology.chip.memory_gib * GIB
 
     def fits(changes: dict, rows: int, sizes: Sizes) -> bool:
-        changed = ml_collections.ConfigDict(config.to_dict())
-        changed.update_from_flattened_dict(changes)
         same = [
             p
-            for p in list_programs(changed, (program.stage,), rows)
+            for p in list_programs(changed(settings, changes), (program.stage,), rows)
             if (p.name, p.stage) == (program.name, program.stage)
         ]
         return all(scale * p.work(sizes).peak_bytes <= limit for p in same)
@@ -108,7 +104,7 @@ def suggestion(
     per_chip = dict(sizes, data=1, fsdp=sizes["data"] * sizes["fsdp"])
     tries: list[tuple[str, dict, int, Sizes]] = [
         ("--config.runtime.remat=full", {"runtime.remat": "full"}, rows, sizes),
-        (f"--config.runtime.rows_per_micro={shards}", {}, shards, sizes),
+        (f"--settings.runtime.rows_per_micro={shards}", {}, shards, sizes),
         (f"--config.mesh.data=1 --config.mesh.fsdp={per_chip['fsdp']}", {}, rows, per_chip),
     ]
     for slots in (64, 32, 16):

@@ -1,11 +1,8 @@
 """Command line: `python -m lopd.report WORKDIR [WORKDIR2 ...]`."""
 
 import argparse
-import sys
 
-from lopd import report
-from lopd.errors import UserError
-from lopd.machine import shutdown
+from lopd import cli, report
 
 
 def main() -> None:
@@ -16,11 +13,9 @@ def main() -> None:
         "comparison.html in the first.",
     )
     parser.add_argument("workdir", nargs="+", help="the --workdir of a run")
-    try:
-        print(report.write_report(parser.parse_args().workdir))
-    except (UserError, OSError) as error:
-        print(f"lopd: error: {error}", file=sys.stderr)
-        sys.exit(shutdown.EXIT_ERROR)
+    workdirs = parser.parse_args().workdir
+    with cli.one_line_errors():
+        print(report.write_report(workdirs))
 
 
 if __name__ == "__main__":

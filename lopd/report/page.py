@@ -9,25 +9,13 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
+from lopd.config.catalogue import DEFAULT_STAGES, stage_info
 from lopd.report import accuracy, browse, panels
 from lopd.report.plots import SERIES
 from lopd.report.reading import TRAINING, Run, Stage
 from lopd.report.texts import duration, flops, math, number, setting, signed
 
 _HERE = epath.resource_path("lopd") / "report"
-
-_DOES = {
-    "teacher": "writes the SFT answers, scores the rollouts",
-    "sft_data": "the teacher answers the SFT prompts",
-    "sft": "fine-tunes the base student: π_ref",
-    "precompute": "π_ref samples, teacher and π_ref score: the cache",
-    "opd": "pulls log π_θ towards log π_T on the cache",
-    "online": "the same on fresh rollouts at every step, with a live teacher",
-    "control": "goes on with SFT instead of OPD",
-    "heldout": "fresh T = 1 responses of π_ref, for the drift panel",
-    "eval": "grades every model",
-    "export": "the student as a Hugging Face checkpoint",
-}
 
 
 def _leaves(stage: Stage) -> list[str]:
@@ -76,8 +64,8 @@ def _reads(run: Run, stage: Stage) -> list[dict]:
 
 
 def _shown(run: Run) -> list[Stage]:
-    """The stages there are or could be; the online baseline is none of most runs' business."""
-    return [s for s in run.stages.values() if s.state != "absent" or s.name != "online"]
+    """The stages there are or that the method needs; the online baseline is only for some runs."""
+    return [s for s in run.stages.values() if s.state != "absent" or s.name in DEFAULT_STAGES]
 
 
 def _stage_cards(run: Run) -> list[dict]:
@@ -88,7 +76,7 @@ def _stage_cards(run: Run) -> list[dict]:
         cards.append(
             {
                 "name": stage.name,
-                "does": _DOES.get(stage.name, ""),
+                "does": stage_info(stage.name).does,
                 "state": stage.state,
                 "leaves": _leaves(stage),
                 "reads": _reads(run, stage),
@@ -248,10 +236,12 @@ def render(runs: Sequence[Run]) -> str:
     opd = [panels.stage_plots(runs, "opd", running) for running in (False, True)]
     opd_plots, not_recorded = (a + b for a, b in zip(*opd, strict=True))
     training = []
-    for name in ("teacher", "sft", "control", "online"):
+    for name in (name for name in TRAINING if name != "opd"):
         shown, more = (panels.stage_plots(runs, name, running)[0] for running in (False, True))
         if shown or more:
-            training.append({"name": name, "does": _DOES[name], "plots": shown, "more": more})
+            training.append(
+                {"name": name, "does": stage_info(name).does, "plots": shown, "more": more}
+            )
     advantage_plots = panels.advantage_plots(runs)
     models = accuracy.models(runs)
     responses = browse.response_data(runs, models)

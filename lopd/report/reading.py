@@ -7,11 +7,11 @@ from typing import Any
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
-from lopd.config import STAGES
+from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
 
-TRAINING = ("teacher", "sft", "control", "opd", "online")
+TRAINING = tuple(info.name for info in CATALOGUE if info.trains)
 """Stages that leave a metrics.jsonl."""
 
 
@@ -38,7 +38,7 @@ class Stage:
     @property
     def steps(self) -> int | None:
         """Training steps that were asked for."""
-        section = "opd" if self.name == "online" else self.name
+        section = stage_info(self.name).settings_section
         return self.manifest.get("settings", {}).get(section, {}).get("steps")
 
 

@@ -1,0 +1,1 @@
+"""From prompts to scored responses: requests, one stream of shards, passes over them, scores."""

@@ -1,17 +1,14 @@
 """rollouts.jsonl: cached responses as the trained student sees them, left by `opd` for the page."""
 
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
-from lopd.artefacts.artefact import Artefact
-from lopd.cache.reader import Records
-from lopd.checkpoints import orbax
 from lopd.data.tokenizers import Tokenizer
 from lopd.machine import processes
 from lopd.machine.storage import write_atomically
-from lopd.rollouts.scoring import score_responses
-from lopd.stages.run import PARAMS, Context
 
 ROLLOUTS = 64
 """How many."""
@@ -30,24 +27,27 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token]) or piece
 
 
-def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
-    """Writes rollouts.jsonl: responses with log π_T, log π_ref and the trained log π_θ, in nats.
+def write_rollouts(
+    path: epath.Path,
+    records: Sequence[dict],
+    tokenizer: Tokenizer,
+    score: Callable[[Sequence[dict]], list[np.ndarray]],
+) -> None:
+    """Writes responses with log π_T, log π_ref and the trained log π_θ, in nats.
 
     Spread evenly over the cache, so that they are a fair sample of it whatever its order.
+
+    Args:
+      path: the file.
+      records: of the cache.
+      tokenizer: the run's.
+      score: gives log π_θ of every response token of some records.
     """
     count = min(ROLLOUTS, len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]
-    student_logprobs = score_responses(
-        ctx.model("student"),
-        orbax.load_params(artefact.path / PARAMS, ctx.model("student"), ctx.mesh),
-        chosen,
-        mesh=ctx.mesh,
-        row_length=ctx.config.opd.row_length,
-        rows_per_micro=ctx.config.runtime.rows_per_micro,
-    )
 
     def texts(tokens: np.ndarray) -> list[str]:
-        return [token_text(ctx.tokenizer, int(token)) for token in tokens]
+        return [token_text(tokenizer, int(token)) for token in tokens]
 
     def numbers(values: np.ndarray) -> list[float]:
         return np.round(values.astype(np.float64), 4).tolist()
@@ -63,9 +63,7 @@ def write_rollouts(ctx: Context, artefact: Artefact, records: Records) -> None:
             "ref_logprobs": numbers(record["ref_logprobs"]),
             "student_logprobs": numbers(student),
         }
-        for record, student in zip(chosen, student_logprobs, strict=True)
+        for record, student in zip(chosen, score(chosen), strict=True)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    if not processes.is_main():
-        return
-    write_atomically(artefact.path / "rollouts.jsonl", text)
+    if processes.is_main():
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -19,7 +19,6 @@ from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.progress import bar
 from lopd.sampling.engine import Request, Response, Stats
-from lopd.stages.run import Context
 
 Sample = Callable[[Sequence[Request]], Iterator[Response]]
 Finish = Callable[[], tuple[list[dict], dict]]
@@ -53,8 +52,13 @@ def _digest(requests: Sequence[Request]) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_plan(ctx: Context, artefact: Artefact, requests: Sequence[Request]) -> Plan:
-    """The plan of an artefact, continued or new; with `ctx.worker`, that worker's part of it.
+def make_plan(
+    artefact: Artefact,
+    requests: Sequence[Request],
+    records_per_shard: int,
+    worker: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan of an artefact, continued or new; of a `worker` (i, N), its part i of N.
 
     The manifest keeps what the plan follows from, so that a continued run, and a merge, can tell
     that it still holds. A worker makes whole shards of the one plan: they equal a single run's.
@@ -69,7 +73,7 @@ def make_plan(ctx: Context, artefact: Artefact, requests: Sequence[Request]) -> 
         {
             "requests": len(requests),
             "prompts": _digest(requests),
-            "records_per_shard": ctx.config.runtime.records_per_shard,
+            "records_per_shard": records_per_shard,
         },
     )
     if plan["prompts"] != _digest(requests):
@@ -80,14 +84,14 @@ def make_plan(ctx: Context, artefact: Artefact, requests: Sequence[Request]) -> 
         )
     plan = Plan(requests, plan["records_per_shard"], ())
     mine = range(plan.count)
-    if ctx.worker:
-        index, workers = ctx.worker
+    if worker:
+        index, workers = worker
         if workers > plan.count:
             raise UserError(
                 f"--worker={index}/{workers}: {len(requests)} responses are only {plan.count} "
                 f"shards; use fewer workers, or lower runtime.records_per_shard={plan.per_shard}"
             )
-        artefact.manifest["worker"] = list(ctx.worker)
+        artefact.manifest["worker"] = [*worker]
         mine = mine[plan.count * index // workers : plan.count * (index + 1) // workers]
     missing = writer.missing_shards(artefact, plan.count)
     return dataclasses.replace(plan, missing=[i for i in missing if i in mine])
@@ -151,9 +155,9 @@ def write_responses(
             shards.check()
 
 
-def finish(ctx: Context, artefact: Artefact) -> dict:
+def finish(artefact: Artefact) -> dict:
     """Makes the shards a dataset, unless they are a worker's part; returns what they amount to."""
-    if not ctx.worker and processes.is_main():
+    if "worker" not in artefact.manifest and processes.is_main():
         writer.write_metadata(artefact)
     processes.barrier(f"{artefact.path} written")
     artefact.reload()

@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from lopd.errors import UserError
-from lopd.models import decoder
-from lopd.models.kv_cache import bytes_per_row
+from lopd.models.decoder_config import DecoderConfig
+from lopd.models.memory import slot_bytes
 
 MAX_SLOTS_PER_DEVICE = 256
 """Beyond it the weights cost little of a step's time, and the last responses wait longer."""
@@ -20,17 +20,14 @@ _SHARE = {"cpu": 0.5}
 """Of the memory left, what slots may take. A host's memory is not ours alone."""
 _SHARE_OF_ACCELERATOR = 0.9
 
-_LOGIT_ARRAYS = 4
-"""Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
 
-
-def tensor_for_sampling(config: decoder.DecoderConfig, devices: int) -> int:
+def tensor_for_sampling(config: DecoderConfig, devices: int) -> int:
     """The most of `devices` that can share the weights: they split heads, MLP and vocabulary."""
     width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     return math.gcd(devices, config.num_key_value_heads, config.vocab_size, width)
 
 
-def sampling_mesh(config: decoder.DecoderConfig, mesh: Mesh) -> Mesh:
+def sampling_mesh(config: DecoderConfig, mesh: Mesh) -> Mesh:
     """The same devices with as much of fsdp as possible turned into tensor, and the rest into data.
 
     A decode step does little work per weight, so weights should stay where they are: split over
@@ -40,6 +37,13 @@ def sampling_mesh(config: decoder.DecoderConfig, mesh: Mesh) -> Mesh:
     tensor = tensor_for_sampling(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     devices = mesh.devices.reshape(-1, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def sampling_sizes(config: DecoderConfig, sizes: dict[str, int]) -> dict[str, int]:
+    """The axis sizes of `sampling_mesh`, from those of the mesh."""
+    chips = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    tensor = tensor_for_sampling(config, sizes["fsdp"] * sizes["tensor"])
+    return {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
 
 
 def _available_host_memory() -> int:
@@ -64,18 +68,8 @@ def _left_per_device(mesh: Mesh, reserved: int) -> int:
     return int((free - reserved) * _SHARE.get(platform, _SHARE_OF_ACCELERATOR))
 
 
-def slot_bytes(config: decoder.DecoderConfig, capacity: int, tensor: int) -> int:
-    """What one slot takes on each device of its `tensor` group.
-
-    2 · layers · K · capacity · N numbers of keys and values, split over `tensor`, and the logits'
-    arrays, which are counted whole.
-    """
-    logits = _LOGIT_ARRAYS * 4 * config.vocab_size
-    return bytes_per_row(config, capacity) // tensor + logits
-
-
 def slots_for(
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     capacity: int,
     bytes_per_device: int,
     shards: int,
@@ -113,7 +107,7 @@ def slots_for(
 
 
 def slots_that_fit(
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     capacity: int,
     mesh: Mesh,
     slots: int = 0,

@@ -1,1 +1,1 @@
-"""The stages of a run. Each module says which settings it depends on, what it reads, and runs."""
+"""The stages of a run. The module of a stage has its name, and no stage imports another."""

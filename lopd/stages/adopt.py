@@ -1,4 +1,4 @@
-"""Takes a Hugging Face checkpoint as the result of the `teacher` or the `sft` stage.
+"""Takes a Hugging Face checkpoint as the result of a stage that trains a model.
 
 Nothing is copied: the artefact records where the weights are and their fingerprint, and every
 later reading is compared with it.
@@ -8,30 +8,35 @@ import dataclasses
 
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
-from lopd.checkpoints import hugging_face
-from lopd.stages.common import declared_teacher
-from lopd.stages.run import Context
-
-MODELS = {"teacher": "teacher", "sft": "student"}
-
-
-def settings(ctx: Context, name: str) -> dict:
-    """Which checkpoint, and as what shape."""
-    model = dataclasses.asdict(ctx.model(MODELS[name]))
-    return {"checkpoint": ctx.external(name), "model": model}
+from lopd.config.catalogue import STUDENT, stage_info
+from lopd.stages.identity import declared_teacher
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage
+from lopd.stages.weights import read_checkpoint
 
 
-def inputs(ctx: Context, name: str) -> dict:
-    """For `sft`, the teacher that is declared to have written its data."""
-    return {} if name == "teacher" else {"teacher": declared_teacher(ctx)}
+def adoption(name: str) -> Stage:
+    """The stage that stands in for the stage `name`, whose origin is `Adopted`."""
+    which = stage_info(name).trains
 
+    def settings(run: Run) -> dict:
+        """Which checkpoint, and as what shape."""
+        model = dataclasses.asdict(run.model(which))
+        return {"checkpoint": run.origin(name).checkpoint, "model": model}
 
-def run(ctx: Context, artefact: Artefact, name: str) -> dict:
-    """Reads the weights once, for their fingerprint."""
-    source = hugging_face.resolve_checkpoint(ctx.external(name))
-    return {
-        "model": dataclasses.asdict(ctx.model(MODELS[name])),
-        "fingerprint": params_fingerprint(ctx.read_checkpoint(source, MODELS[name])),
-        "source": str(source),
-        **inputs(ctx, name),
-    }
+    def inputs(run: Run) -> dict:
+        """For a student, the teacher that is declared to have written its data."""
+        return {"teacher": declared_teacher(run)} if which == STUDENT else {}
+
+    def adopt(run: Run, artefact: Artefact) -> dict:
+        """Reads the weights once, for their fingerprint."""
+        del artefact
+        folder = run.origin(name).folder
+        return {
+            "model": dataclasses.asdict(run.model(which)),
+            "fingerprint": params_fingerprint(read_checkpoint(run, folder, which)),
+            "source": str(folder),
+            **inputs(run),
+        }
+
+    return Stage(settings, inputs, adopt)

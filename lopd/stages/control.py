@@ -1,21 +1,31 @@
-"""`control`: more SFT steps from π_ref on the same data (see `lopd.stages.sft`)."""
+"""`control`: more SFT steps from π_ref on the same data, as many as OPD takes.
+
+It shows how much of OPD's gain is mere further training.
+"""
 
 from lopd.artefacts.artefact import Artefact
-from lopd.stages import common, sft
-from lopd.stages.run import Context
+from lopd.config.catalogue import STUDENT
+from lopd.stages import identity, training
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage
+from lopd.stages.weights import load_params
 
 
-def settings(ctx: Context) -> dict:
+def settings(run: Run) -> dict:
     """What the control depends on."""
-    shared = common.stage_settings(ctx, "control") | common.model_settings(ctx, "student")
-    return shared | sft.router_settings(ctx)
+    shared = identity.stage_settings(run, "control") | identity.model_settings(run, STUDENT)
+    return shared | training.router_settings(run)
 
 
-def inputs(ctx: Context) -> dict:
+def inputs(run: Run) -> dict:
     """π_ref and its data."""
-    return {**sft.inputs(ctx), "sft": ctx.input("sft").outputs["fingerprint"]}
+    return {**training.data_inputs(run), "sft": run.input("sft").outputs["fingerprint"]}
 
 
-def run(ctx: Context, artefact: Artefact) -> dict:
+def train(run: Run, artefact: Artefact) -> dict:
     """Trains on from π_ref."""
-    return sft.fine_tune(ctx, artefact, ctx.load_params("sft", "student"), ctx.config.control)
+    params = load_params(run, "sft")
+    return training.fine_tune(run, artefact, params, run.settings.control, "control")
+
+
+stage = Stage(settings, inputs, train)

@@ -1,74 +1,107 @@
 """`eval`: greedy and sampled accuracy of every model of the run, with 95 % intervals."""
 
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from lopd.artefacts.artefact import Artefact
+from lopd.config.catalogue import CATALOGUE, STUDENT, stage_info
+from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.progress import bar, counted
 from lopd.machine.storage import write_atomically
 from lopd.models.decoder import Params
-from lopd.sampling.engine import Request, Response
-from lopd.stages import common
-from lopd.stages.run import Context
+from lopd.rollouts.requests import PromptSet
+from lopd.sampling.engine import Response
+from lopd.stages import identity
+from lopd.stages.origins import Adopted
+from lopd.stages.run import Run
+from lopd.stages.scored import sampler_plan
+from lopd.stages.stage import Stage
+from lopd.stages.weights import base_params, load_params
 from lopd.tasks import Problem, metrics
 
-MODELS = {"teacher": "teacher", "base": "student", "sft": "student", "control": "student",
-          "opd": "student", "online": "student"}  # fmt: skip
-"""Models that may be there, in the order of the table, and which shape each has."""
+BASE = "base"
+"""The student before any training."""
 
 
-def settings(ctx: Context) -> dict:
+def _shapes() -> dict[str, str]:
+    """Models that may be there, in the order of the table, and which shape each has."""
+    shapes = {info.name: info.trains for info in CATALOGUE if info.trains}
+    teachers = {name: which for name, which in shapes.items() if which != STUDENT}
+    return {**teachers, BASE: STUDENT, **shapes}
+
+
+def settings(run: Run) -> dict:
     """What the figures depend on."""
-    settings = common.stage_settings(ctx, "eval", "task", "prompt_length", "dtype")
-    return settings | common.model_settings(ctx, "student")
+    settings = identity.stage_settings(run, "eval", "task", "prompt_length", "dtype")
+    return settings | identity.model_settings(run, STUDENT)
 
 
-def inputs(ctx: Context) -> dict:
+def inputs(run: Run) -> dict:
     """The models to evaluate. A base student is known by its checkpoint, or seed and shape."""
-    chosen = ctx.config.eval.models
+    chosen = run.settings.eval.models
     found = {
-        name: ctx.input(name).outputs["fingerprint"]
-        for name in MODELS
-        if name != "base" and (name in chosen or (not chosen and ctx.exists(name)))
+        name: run.input(name).outputs["fingerprint"]
+        for name in _shapes()
+        if name != BASE and (run.exists(name) if chosen is None else name in chosen)
     }
-    base_is_known = ctx.config.student.checkpoint or not ctx.external("sft")
-    if "base" in chosen or (not chosen and base_is_known):
-        found["base"] = ctx.config.student.checkpoint or "random weights"
-    return {name: found[name] for name in MODELS if name in found}
+    checkpoint = run.settings.student.checkpoint
+    base_is_known = checkpoint or not isinstance(run.origin("sft"), Adopted)
+    if base_is_known if chosen is None else BASE in chosen:
+        found[BASE] = checkpoint or "random weights"
+    return {name: found[name] for name in _shapes() if name in found}
 
 
-def prompts(ctx: Context) -> dict[str, tuple[list[Problem], list[Request]]]:
-    """For each test set: its problems, and a request for each sample of each."""
-    recipe = ctx.config.eval
-    tests = ctx.task.tests(recipe.split, recipe.prompts, ctx.seed("eval problems"))
-    return {
-        name: common.make_requests(ctx, problems, recipe.samples)
-        for name, problems in tests.items()
-    }
+def prompts(run: Run) -> dict[str, PromptSet]:
+    """For each test set its problems."""
+    return run.prompts.tests
 
 
-def _params(ctx: Context, name: str) -> Params:
-    if name == "base":
-        return common.base_params(ctx, "student")
-    return ctx.load_params(name, MODELS[name])
+def check(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses responses that run past the positions a model was made for.
+
+    Beyond `max_position_embeddings` there are rotary angles that no training has shown the model,
+    so accuracies would fall for a reason that has nothing to do with the method.
+
+    Raises:
+      UserError: naming the model and what would fit.
+    """
+    longest = run.settings.prompt_length + run.settings.eval.response_length
+    wanted = run.settings.eval.models
+    for name, which in _shapes().items():
+        there = name in stages or (name != BASE and run.exists(name))
+        if name != BASE and not (there if wanted is None else name in wanted):
+            continue
+        limit = run.model(which).max_position_embeddings
+        if longest > limit:
+            raise UserError(
+                f"prompt_length + eval.response_length = {longest} is more than the {which}'s "
+                f"max_position_embeddings={limit}: set eval.response_length to "
+                f"{limit - run.settings.prompt_length} or less"
+            )
+
+
+def _params(run: Run, name: str) -> Params:
+    return base_params(run, STUDENT) if name == BASE else load_params(run, name)
 
 
 def _grade_one(
-    ctx: Context, problems: list[Problem], responses: Iterable[Response], samples: int
+    run: Run, problems: Sequence[Problem], responses: Iterable[Response], samples: int
 ) -> tuple[dict, list[dict]]:
     """Accuracy over the responses to one test set, and a line for each of them."""
     correct = np.zeros((len(problems), samples), bool)
     labels = np.full(correct.shape, None, object)
-    tokens, finished, lines = 0, 0, []
+    tokens, finished, ungraded, lines = 0, 0, 0, []
     for response in responses:
         place = divmod(response.index, samples)
-        problem, text = problems[place[0]], ctx.tokenizer.decode(response.tokens)
+        problem, text = problems[place[0]], run.tokenizer.decode(response.tokens)
         if response.finished:
-            verdict = ctx.task.grade(problem, text)
+            verdict = run.task.grade(problem, text)
             correct[place], labels[place] = verdict.correct, verdict.label
+            ungraded += verdict.ungraded
         tokens += len(response.tokens)
         finished += response.finished
         lines.append(
@@ -77,7 +110,7 @@ def _grade_one(
                 "sample": place[1],
                 "prompt": problem.prompt,
                 "response": text,
-                "answer": problem.answer,
+                "answer": run.task.answer_text(problem),
                 "correct": bool(correct[place]),
                 "finished": response.finished,
             }
@@ -89,32 +122,29 @@ def _grade_one(
         "ci95": list(metrics.clustered_interval(per_problem)),
         "mean_response_tokens": tokens / correct.size,
         "finished": finished / correct.size,
+        "ungraded": ungraded,
         **(metrics.summarize(correct, labels.tolist()) if samples > 1 else {}),
     }
     return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
 
 
-def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
+def _grade(run: Run, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
-    tests, params = prompts(ctx), _params(ctx, name)
-    total = sum(len(problems) + len(wanted) for problems, wanted in tests.values())
+    tests, params, recipe = prompts(run), _params(run, name), run.settings.eval
+    which = STUDENT if name == BASE else stage_info(name).trains
+    greedy = dataclasses.replace(recipe, temperature=0.0, samples=1)
+    modes = {"greedy": greedy, "sampled": recipe}
+    problems = [len(test.problems) for test in tests.values()]
     results, lines = {}, []
-    modes = {"greedy": (0.0, 1), "sampled": (ctx.config.eval.temperature, ctx.config.eval.samples)}
+    total = sum(problems) * sum(mode.samples for mode in modes.values())
     with bar(total=total, label=f"eval {name}", unit="responses") as progress:
-        for mode, (temperature, samples) in modes.items():
-            sample = common.sampler(
-                ctx,
-                MODELS[name],
-                params,
-                ctx.config.eval,
-                "eval sampling",
-                temperature,
-                responses=samples * max(len(problems) for problems, _ in tests.values()),
-            )
-            for test, (problems, wanted) in tests.items():
-                responses = sample([r for r in wanted if r.sample_id < samples])
-                result, graded = _grade_one(ctx, problems, counted(responses, progress), samples)
-                results[f"{test}/{mode}"] = {**result, "temperature": temperature}
+        for mode, section in modes.items():
+            plan = sampler_plan(run, which, section, "eval sampling")
+            sample = plan.make(params, responses=section.samples * max(problems))
+            for test, asked in tests.items():
+                responses = counted(sample(asked.requests(section.samples)), progress)
+                result, graded = _grade_one(run, asked.problems, responses, section.samples)
+                results[f"{test}/{mode}"] = {**result, "temperature": section.temperature}
                 lines += [{"test": test, "mode": mode, **line} for line in graded]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if processes.is_main():
@@ -122,14 +152,17 @@ def _grade(ctx: Context, artefact: Artefact, name: str) -> dict:
     return results
 
 
-def run(ctx: Context, artefact: Artefact) -> dict:
+def evaluate(run: Run, artefact: Artefact) -> dict:
     """Evaluates each model, remembering those an interrupted run has finished."""
     results = artefact.manifest.setdefault("results", {})
-    for name in inputs(ctx):
+    for name in inputs(run):
         if name not in results:
-            results[name] = _grade(ctx, artefact, name)
+            results[name] = _grade(run, artefact, name)
             artefact.save()
-    summary = {"split": ctx.config.eval.split, "seed": ctx.config.seed, "models": results}
+    summary = {"split": run.settings.eval.split, "seed": run.settings.seed, "models": results}
     if processes.is_main():
         write_atomically(artefact.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     return {"models": list(results)}
+
+
+stage = Stage(settings, inputs, evaluate, check=check, read_prompts=prompts)

@@ -2,27 +2,31 @@
 
 from lopd.artefacts.artefact import Artefact
 from lopd.checkpoints import hugging_face
+from lopd.config.catalogue import STUDENT
 from lopd.machine import processes
-from lopd.stages.run import Context
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage
+from lopd.stages.weights import load_params
 
 
-def settings(ctx: Context) -> dict:
+def settings(run: Run) -> dict:
     """The tokenizer goes with the weights."""
-    return {"tokenizer": ctx.tokenizer.fingerprint}
+    return {"tokenizer": run.tokenizer.fingerprint}
 
 
-def inputs(ctx: Context) -> dict:
+def inputs(run: Run) -> dict:
     """The student that OPD made."""
-    return {"opd": ctx.input("opd").outputs["fingerprint"]}
+    return {"opd": run.input("opd").outputs["fingerprint"]}
 
 
-def run(ctx: Context, artefact: Artefact) -> dict:
+def write(run: Run, artefact: Artefact) -> dict:
     """Writes safetensors, config.json, generation_config.json and the tokenizer."""
-    params = ctx.load_params("opd", "student")
-    hugging_face.save_checkpoint(
-        artefact.path, ctx.model("student"), params, end_id=ctx.tokenizer.end_id
-    )
+    params, end_id = load_params(run, "opd"), run.tokenizer.end_id
+    hugging_face.save_checkpoint(artefact.path, run.model(STUDENT), params, end_id=end_id)
     if processes.is_main():
-        for name, content in ctx.tokenizer.files.items():
+        for name, content in run.tokenizer.files.items():
             (artefact.path / name).write_bytes(content)
     return {}
+
+
+stage = Stage(settings, inputs, write)

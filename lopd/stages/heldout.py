@@ -6,44 +6,20 @@ measure drift alone (arXiv 2604.13010, bounds); on training tokens they would me
 too.
 """
 
-import numpy as np
-
 from lopd.artefacts.artefact import Artefact
-from lopd.cache.reader import Records
-from lopd.sampling.engine import Request
-from lopd.stages import common, precompute
-from lopd.stages.run import Context
+from lopd.stages import scored
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage
 
 
-def settings(ctx: Context) -> dict:
-    """What the held-out rollouts depend on."""
-    own = common.stage_settings(ctx, "heldout", "task", "prompt_length", "dtype")
-    trained = ctx.config.precompute
-    return own | {"precompute_prompts": trained.prompts, "teacher_top_k": trained.teacher_top_k}
-
-
-def inputs(ctx: Context) -> dict:
-    """The teacher that scores and the student that samples; a cache that was given instead."""
-    return precompute.inputs_beside_cache(ctx)
-
-
-def _trained_on(ctx: Context) -> set[bytes]:
-    """The token ids of every training prompt: of the cache that was given, or of this run."""
-    if ctx.given("precompute"):
-        trained = (r["prompt_tokens"] for r in Records(ctx.input("precompute")))
-    else:
-        trained = (r.prompt_tokens for r in precompute.prompts(ctx))
-    return {np.asarray(tokens, np.int32).tobytes() for tokens in trained}
-
-
-def prompts(ctx: Context) -> list[Request]:
-    """One request per held-out prompt and sample; one whose tokens are trained on is left out."""
-    trained = _trained_on(ctx)
-    problems = precompute.opd_problems(ctx)[1]
-    requests = common.make_requests(ctx, problems, ctx.config.heldout.samples)[1]
-    return [r for r in requests if np.asarray(r.prompt_tokens, np.int32).tobytes() not in trained]
-
-
-def run(ctx: Context, artefact: Artefact) -> dict:
+def sample_and_score(run: Run, artefact: Artefact) -> dict:
     """Samples and scores."""
-    return precompute.sample_and_score(ctx, artefact, "heldout", prompts(ctx))
+    return scored.make_scored(run, artefact, "heldout", scored.heldout_requests(run))
+
+
+stage = Stage(
+    scored.heldout_settings,
+    scored.inputs_beside_cache,
+    sample_and_score,
+    read_prompts=scored.heldout_requests,
+)

@@ -1,8 +1,8 @@
-"""What the settings of `opd` choose: the objective, what its batches carry, and which tokens."""
+"""From the settings of `opd` to its objective: the loss, what batches carry, and which tokens."""
 
-import ml_collections
 import numpy as np
 
+from lopd.config.settings import OpdSettings
 from lopd.data import selection
 from lopd.data.packing import TokenField
 from lopd.data.tokenizers import Tokenizer
@@ -13,16 +13,16 @@ from lopd.objectives.divergences import DIVERGENCES, top_k_divergence
 OBJECTIVES = ("log_ratio", *DIVERGENCES, "fixed_advantage", "cross_entropy")
 
 
-def needs_top_k(recipe: ml_collections.ConfigDict) -> bool:
+def needs_top_k(recipe: OpdSettings) -> bool:
     """Whether the objective compares distributions, and so needs the teacher's top-K."""
     return recipe.objective in DIVERGENCES
 
 
-def make_objective(recipe: ml_collections.ConfigDict) -> sampled.Objective:
-    """The objective that a section like `opd` asks for, with the diagnostics of the drift panel."""
+def make_objective(recipe: OpdSettings) -> sampled.Objective:
+    """The objective that the settings ask for, with the diagnostics of the drift panel."""
     name, tau = recipe.objective, recipe.tau
     if name == "log_ratio":
-        towards = "target_logprobs" if recipe.residual_folds else "teacher_logprobs"
+        towards = "teacher_logprobs" if recipe.residual_folds is None else "target_logprobs"
         objective = sampled.lightning_opd(tau, recipe.extrapolation, towards)
     else:
         if needs_top_k(recipe):
@@ -32,7 +32,7 @@ def make_objective(recipe: ml_collections.ConfigDict) -> sampled.Objective:
         else:
             loss = sampled.rollout_cross_entropy
         objective = sampled.with_teacher_diagnostics(loss, tau)
-    if recipe.importance_cap:
+    if recipe.importance_cap is not None:
         objective = token_weights.truncated_importance(objective, recipe.importance_cap)
     if recipe.entropy_fraction < 1:
         objective = token_weights.train_highest_entropy(objective, recipe.entropy_fraction)
@@ -40,11 +40,12 @@ def make_objective(recipe: ml_collections.ConfigDict) -> sampled.Objective:
 
 
 def token_fields(
-    recipe: ml_collections.ConfigDict, stored_top_k: int, where: str = "the cache"
+    recipe: OpdSettings, stored_top_k: int, where: str = "the cache"
 ) -> tuple[str | TokenField, ...]:
     """The fields of a record that the objective's batches carry.
 
     Args:
+      recipe: the section `opd`.
       stored_top_k: how many of the teacher's most likely tokens the records hold.
       where: the records, for the message.
 
@@ -52,11 +53,11 @@ def token_fields(
       UserError: if the objective needs more of them.
     """
     fields = ("teacher_logprobs", "ref_logprobs")
-    if recipe.residual_folds:
+    if recipe.residual_folds is not None:
         fields += ("target_logprobs",)
     if not needs_top_k(recipe):
         return fields
-    needed = max(recipe.top_k, 1)
+    needed = recipe.top_k or 1
     if stored_top_k < needed:
         raise UserError(
             f"opd.objective={recipe.objective!r} with opd.top_k={recipe.top_k} needs the teacher's "
@@ -71,10 +72,8 @@ def token_fields(
     )
 
 
-def token_selection(
-    recipe: ml_collections.ConfigDict, tokenizer: Tokenizer
-) -> selection.TokenSelection:
-    """The tokens that a section like `opd` trains on.
+def token_selection(recipe: OpdSettings, tokenizer: Tokenizer) -> selection.TokenSelection:
+    """The tokens that are trained on.
 
     Raises:
       UserError: if a masked token is not one of the tokenizer's.
@@ -88,32 +87,43 @@ def token_selection(
     return selection.TokenSelection(recipe.position_fraction, recipe.entropy_fraction, masked)
 
 
-def check_settings(recipe: ml_collections.ConfigDict) -> None:
-    """Checks what can be known of the objective's settings alone.
+def batch_contents(
+    recipe: OpdSettings, tokenizer: Tokenizer, stored_top_k: int, where: str
+) -> dict:
+    """What a batch carries of each record, and of which tokens, for `training.make_batches`.
+
+    Raises:
+      UserError: if the objective needs more of the teacher's top-K than is stored, or a masked
+        token is unknown.
+    """
+    return {
+        "token_fields": token_fields(recipe, stored_top_k, where),
+        "selection": token_selection(recipe, tokenizer),
+    }
+
+
+def check_objective(recipe: OpdSettings) -> None:
+    """Refuses settings of an objective that do not go together.
 
     Raises:
       UserError: one line that names the setting, its value and what it must be.
     """
     is_method = recipe.objective == "log_ratio"
+    unless_method = "unless opd.objective=log_ratio"
     rules = (
         ("objective", recipe.objective in OBJECTIVES, f"be one of {', '.join(OBJECTIVES)}"),
-        ("tau", recipe.tau > 0, "be positive"),
-        ("extrapolation", is_method or recipe.extrapolation == 1,
-         "be 1 unless opd.objective=log_ratio"),
-        ("fixed_advantage", recipe.fixed_advantage < 0, "be negative"),
-        ("residual_folds", recipe.residual_folds == 0 or recipe.residual_folds > 1,
-         "be 0 (off) or at least 2"),
-        ("residual_folds", is_method or not recipe.residual_folds,
-         "be 0 unless opd.objective=log_ratio"),
-        ("importance_cap", not (recipe.importance_cap and needs_top_k(recipe)),
-         "be 0 with a divergence, which does not depend on the token that was sampled"),
-        ("position_fraction", 0 < recipe.position_fraction <= 1, "lie in (0, 1]"),
-        ("entropy_fraction", 0 < recipe.entropy_fraction <= 1, "lie in (0, 1]"),
-        ("masked_tokens", all(isinstance(x, str | int) for x in recipe.masked_tokens),
-         "hold tokens or their ids"),
-        *((key, recipe[key] >= 0, "not be negative") for key in
-          ("top_k", "importance_cap", "records")),
-    )  # fmt: skip
+        ("extrapolation", is_method or recipe.extrapolation == 1, f"be 1 {unless_method}"),
+        (
+            "residual_folds",
+            is_method or recipe.residual_folds is None,
+            f"be None {unless_method}",
+        ),
+        (
+            "importance_cap",
+            recipe.importance_cap is None or not needs_top_k(recipe),
+            "be None with a divergence, which does not depend on the token that was sampled",
+        ),
+    )
     for key, holds, must in rules:
         if not holds:
-            raise UserError(f"opd.{key}={recipe[key]!r} must {must}")
+            raise UserError(f"opd.{key}={getattr(recipe, key)!r} must {must}")

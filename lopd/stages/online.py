@@ -15,38 +15,38 @@ import jax
 
 from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact
-from lopd.cache.reader import Records
-from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
+from lopd.config.catalogue import STUDENT, TEACHER
+from lopd.data.batches import micro_batches, step_indices
+from lopd.data.layout import Batch
 from lopd.errors import UserError
 from lopd.machine import devices
 from lopd.models import decoder, inference
 from lopd.models.shardings import param_shardings
 from lopd.rollouts import stream
+from lopd.rollouts.passes import add_teacher_scores, resident_bytes
 from lopd.sampling.engine import Request
-from lopd.stages import common, opd, precompute
-from lopd.stages.objective import make_objective
-from lopd.stages.run import Context
+from lopd.stages import identity, panel, scored, training
+from lopd.stages.objective import batch_contents, make_objective
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage
+from lopd.stages.weights import load_params
 
 
-def settings(ctx: Context) -> dict:
+def settings(run: Run) -> dict:
     """What the trained student depends on."""
-    own = common.stage_settings(ctx, "opd")["opd"]
+    own = identity.stage_settings(run, "opd")["opd"]
     own = {key: value for key, value in own.items() if not key.startswith("refresh_")}
-    return precompute.settings(ctx) | {"opd": own} | common.model_settings(ctx, "student")
+    return scored.cache_settings(run) | {"opd": own} | identity.model_settings(run, STUDENT)
 
 
-def inputs(ctx: Context) -> dict:
-    """Teacher and student; and the cache whose prompts are read, if one was given."""
-    return precompute.inputs_beside_cache(ctx)
+def requests(run: Run) -> list[Request]:
+    """The requests that the cache answers, in its order, as far as `opd` trains on them."""
+    return scored.training_requests(run)[: run.settings.opd.records]
 
 
-def prompts(ctx: Context) -> list[Request]:
-    """The requests that the cache answers, in its order."""
-    if ctx.given("precompute"):
-        requests = precompute.requests_of(Records(ctx.input("precompute")))
-    else:
-        requests = precompute.prompts(ctx)
-    return requests[: ctx.config.opd.records or None]
+def _contents(run: Run) -> dict:
+    stored = run.settings.precompute.teacher_top_k or 0
+    return batch_contents(run.settings.opd, run.tokenizer, stored, "what online OPD scores")
 
 
 class OnlineBatches:
@@ -54,27 +54,21 @@ class OnlineBatches:
 
     reads_params = True
 
-    def __init__(self, ctx: Context, params: decoder.Params):
-        recipe, model = ctx.config.opd, ctx.model("student")
-        self._ctx = ctx
-        self._requests = prompts(ctx)
-        self._indices = step_indices(len(self._requests), **common.batch_order(ctx, recipe, "opd"))
-        top_k = ctx.config.precompute.teacher_top_k
-        contents = opd.batch_contents(ctx, top_k, "what online OPD scores")
-        self.layout = make_layout(**common.batch_rows(ctx, recipe, **contents))
-        teacher = ctx.load_params("teacher", "teacher")
-        self._score = precompute.dispatcher(ctx, "teacher", teacher, "precompute")
+    def __init__(self, run: Run, params: decoder.Params):
+        recipe, model = run.settings.opd, run.model(STUDENT)
+        self._run = run
+        self._requests = requests(run)
+        order = training.batch_order(run, recipe, "opd")
+        self._indices = step_indices(len(self._requests), **order)
+        self.layout = training.batch_rows(run, recipe, **_contents(run))
+        row_length = run.settings.precompute.row_length
+        student, teacher = (scored.scorer(run, who, row_length) for who in (STUDENT, TEACHER))
+        self._score = teacher.dispatcher(teacher.load())
+        moments = resident_bytes(student, teacher, optimizer=True)
+        moments -= resident_bytes(student, teacher)
+        plan = scored.sampler_plan(run, STUDENT, run.settings.precompute, "online sampling")
+        sampler = plan.make(params, responses=recipe.batch_size, reserved=moments)
         # Its weights are those of the first step only; each step puts its own in their place.
-        moments = precompute.resident_bytes(ctx, optimizer=True) - precompute.resident_bytes(ctx)
-        sampler = common.sampler(
-            ctx,
-            "student",
-            params,
-            ctx.config.precompute,
-            "online sampling",
-            responses=recipe.batch_size,
-            reserved=moments,
-        )
         self._sampler = dataclasses.replace(sampler, params=None)
         self._to_decode = inference.to_inference_params(model, param_shardings(model, sampler.mesh))
         self._read: tuple[int, list[dict]] = (-1, [])
@@ -89,10 +83,10 @@ class OnlineBatches:
         `ref_logprobs` are the sampler's log π_θ. The training pass starts from the same weights, so
         an importance weight away from 1 is the difference between the two.
         """
-        ctx, model = self._ctx, self._ctx.model("student")
+        run = self._run
         jax.block_until_ready(params)  # the step before is not sampling
         began = time.perf_counter()
-        seed = ctx.seed(f"online sampling, step {step + 1}")
+        seed = run.seed(f"online sampling, step {step + 1}")
         sample = dataclasses.replace(
             self._sampler,
             params=self._to_decode(params),
@@ -101,20 +95,22 @@ class OnlineBatches:
         responses = sorted(sample(self.requests(step)), key=lambda r: r.index)
         sampled = time.perf_counter()
         records = [{**stream.response_record(r), "ref_logprobs": r.logprobs} for r in responses]
-        precompute.add_teacher_scores(records, self._score(records)())
-        scored = time.perf_counter()
+        add_teacher_scores(records, self._score(records)())
+        ended = time.perf_counter()
+        student, teacher = run.model(STUDENT), run.model(TEACHER)
         return records, {
-            "sampling": accounting.forward([model], records, sampled - began),
-            "scoring": accounting.forward([ctx.model("teacher")], records, scored - sampled),
+            "sampling": accounting.forward([student], records, sampled - began),
+            "scoring": accounting.forward([teacher], records, ended - sampled),
         }
 
-    def reader(self, start: int, stop: int, put: Callable[[Arrays], Any]):
+    def reader(self, start: int, stop: int, put: Callable[[Batch], Any]):
         """See `lopd.training.loop.Batches`."""
+        del start, stop
 
         def read(step: int, params: decoder.Params) -> tuple[Any, dict[str, float]]:
             records, costs = self.rollouts(step, params)
             self._read = step, records
-            return put(micro_batches(records, **self.layout)), accounting.as_columns(costs)
+            return put(micro_batches(records, self.layout)), accounting.as_columns(costs)
 
         return read
 
@@ -124,10 +120,22 @@ class OnlineBatches:
         return self._read[1]
 
 
-def _check_room(ctx: Context) -> None:
+def check(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses what the objective cannot find in what online OPD scores.
+
+    Raises:
+      UserError: if the objective needs more of the teacher's top-K, or a masked token is unknown.
+    """
+    del stages
+    _contents(run)
+
+
+def _check_room(run: Run) -> None:
     """Student, optimizer and teacher are all there all the time."""
-    needed = precompute.resident_bytes(ctx, optimizer=True)
-    limit = devices.device_memory(ctx.mesh)
+    row_length = run.settings.precompute.row_length
+    student, teacher = (scored.scorer(run, who, row_length) for who in (STUDENT, TEACHER))
+    needed = resident_bytes(student, teacher, optimizer=True)
+    limit = devices.device_memory(run.mesh)
     if needed > limit:
         raise UserError(
             f"online OPD would take {needed / 2**30:.1f} GiB per device for student, optimizer and "
@@ -135,12 +143,16 @@ def _check_room(ctx: Context) -> None:
         )
 
 
-def run(ctx: Context, artefact: Artefact) -> dict:
+def train(run: Run, artefact: Artefact) -> dict:
     """OPD on fresh rollouts."""
-    _check_room(ctx)
-    params = ctx.load_params("sft", "student")
-    batches, objective = OnlineBatches(ctx, params), make_objective(ctx.config.opd)
-    drift = opd.make_drift_panel(ctx, batches.layout, objective)
-    return common.train_into(
-        ctx, artefact, "student", params, batches, objective, ctx.config.opd, drift=drift
+    _check_room(run)
+    params, recipe = load_params(run, "sft"), run.settings.opd
+    batches, objective = OnlineBatches(run, params), make_objective(recipe)
+    drift = panel.make_panel(run, batches.layout, objective)
+    trained = training.train_into(
+        run, artefact, STUDENT, params, batches, objective, recipe, drift=drift
     )
+    return trained.outputs
+
+
+stage = Stage(settings, scored.inputs_beside_cache, train, check=check, read_prompts=requests)

@@ -9,51 +9,47 @@ why: an interrupted run goes on with the same ones.
 import dataclasses
 
 import jax
-import ml_collections
 import numpy as np
 
 from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.cache.reader import Records
+from lopd.config.catalogue import refreshes
 from lopd.data.batches import StepBatches
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.models import decoder
+from lopd.rollouts.requests import requests_of
 from lopd.sampling.engine import Request
-from lopd.stages import heldout, precompute
-from lopd.stages.run import Context
+from lopd.stages import scored
+from lopd.stages.run import Run
 from lopd.training.drift import Drift, heldout_batch
 
 
-def wanted(config: ml_collections.ConfigDict) -> bool:
-    """Whether the settings ask for rounds, and so for a teacher."""
-    return bool(config.opd.refresh_every or config.opd.refresh_below)
-
-
-def settings(ctx: Context) -> dict:
+def settings(run: Run) -> dict:
     """What the student depends on besides: how a round samples, and when ESS is looked at."""
-    if not wanted(ctx.config):
+    if not refreshes(run.settings):
         return {}
-    found = precompute.settings(ctx)
-    if ctx.config.opd.refresh_below:
-        found |= heldout.settings(ctx) | {"drift_every": ctx.config.runtime.drift_every}
+    found = scored.cache_settings(run)
+    if run.settings.opd.refresh_below is not None:
+        found |= scored.heldout_settings(run) | {"drift_every": run.settings.runtime.drift_every}
     return found
 
 
-def inputs(ctx: Context) -> dict:
+def inputs(run: Run) -> dict:
     """The teacher that scores the rounds, and the held-out responses if they decide.
 
     Raises:
-      UserError: as `precompute.inputs`; or for held-out responses made with other settings.
+      UserError: as `scored.scoring_inputs`; or for held-out responses made with other settings.
     """
-    if not wanted(ctx.config):
+    if not refreshes(run.settings):
         return {}
-    found = {"teacher": precompute.inputs(ctx)["teacher"]}
-    if ctx.exists("heldout"):
-        ctx.input("heldout").check("settings", heldout.settings(ctx))
-    if ctx.config.opd.refresh_below:
-        found["heldout"] = ctx.input("heldout").outputs["fingerprint"]
+    found = {"teacher": scored.scoring_inputs(run)["teacher"]}
+    if run.exists("heldout"):
+        run.input("heldout").check("settings", scored.heldout_settings(run))
+    if run.settings.opd.refresh_below is not None:
+        found["heldout"] = run.input("heldout").outputs["fingerprint"]
     return found
 
 
@@ -74,7 +70,7 @@ def outputs(artefact: Artefact, trained: dict) -> dict:
 class CacheRounds:
     """`lopd.training.loop.Rounds` of an artefact; `first` and `drift` are what it begins with."""
 
-    ctx: Context
+    run: Run
     artefact: Artefact
     first: StepBatches
     drift: Drift
@@ -89,9 +85,11 @@ class CacheRounds:
         last = starts[-1] if starts else 0
         if step <= last:  # once decided; goes on from a checkpoint before
             return step in starts
-        recipe, fraction = self.ctx.config.opd, heldout and heldout["ess_fraction"]
-        by_steps = recipe.refresh_every and step - last >= recipe.refresh_every
-        if not by_steps and (fraction is None or fraction >= recipe.refresh_below):
+        recipe, fraction = self.run.settings.opd, heldout and heldout["ess_fraction"]
+        every, below = recipe.refresh_every, recipe.refresh_below
+        by_steps = every is not None and step - last >= every
+        by_drift = below is not None and fraction is not None and fraction < below
+        if not by_steps and not by_drift:
             return False
         self._begun.append({"start": step, "ess_fraction": fraction})
         self.artefact.save()
@@ -108,7 +106,7 @@ class CacheRounds:
         held = Artefact(round_path(self.artefact, number, "-heldout"))
         stages = {"precompute": (cache, lambda: [self.first.source[int(i)] for i in chosen])}
         if self.drift.heldout is not None:
-            stages["heldout"] = (held, lambda: Records(self.ctx.input("heldout")))
+            stages["heldout"] = (held, lambda: Records(self.run.input("heldout")))
         for stage, (place, records) in stages.items():
             if not place.complete:
                 if step != entry["start"]:
@@ -116,7 +114,7 @@ class CacheRounds:
                         f"{place.path}, which training reads after step {entry['start']}, is not "
                         f"there: restore it, or delete {self.artefact.path}"
                     )
-                self._make(stage, place, number, params, precompute.requests_of(records()))
+                self._make(stage, place, number, params, requests_of(records()))
         if entry.setdefault("cache", cache.outputs["fingerprint"]) != cache.outputs["fingerprint"]:
             raise UserError(
                 f"{cache.path} is another cache than the one that training has begun with: "
@@ -127,7 +125,7 @@ class CacheRounds:
 
     def _chosen(self, start: int) -> np.ndarray:
         """The records of the first cache whose prompts are read until the next round, ascending."""
-        recipe = self.ctx.config.opd
+        recipe = self.run.settings.opd
         ahead = min(recipe.steps - start, recipe.refresh_every or recipe.steps)
         return np.unique(np.concatenate([self.first.indices[start + n] for n in range(ahead)]))
 
@@ -140,15 +138,16 @@ class CacheRounds:
         requests: list[Request],
     ) -> None:
         """Samples and scores one of a round's two caches, or goes on with it."""
-        settings = {"precompute": precompute, "heldout": heldout}[stage].settings(self.ctx)
+        of_cache = stage == "precompute"
+        settings = (scored.cache_settings if of_cache else scored.heldout_settings)(self.run)
         student = params_fingerprint(params)
-        inputs = {"teacher": self.ctx.input("teacher").outputs["fingerprint"], "sft": student}
+        inputs = {"teacher": self.run.input("teacher").outputs["fingerprint"], "sft": student}
         place.check("settings", settings)
         place.check("inputs", inputs)
         processes.barrier(f"{place.path} looked at")
         place.begin(stage, settings, inputs)
-        who = precompute.Student(params, f", round {number}")
-        place.finish(precompute.sample_and_score(self.ctx, place, stage, requests, who))
+        policy = scored.Policy(params, f", round {number}")
+        place.finish(scored.make_scored(self.run, place, stage, requests, policy))
 
     def _batches(self, cache: Artefact, chosen: np.ndarray) -> StepBatches:
         return self.first.on(Records(cache), chosen)
@@ -156,12 +155,12 @@ class CacheRounds:
     def _drift(self, held: Artefact, start: int) -> Drift:
         batch: dict[str, jax.Array] | None = None
         if self.drift.heldout is not None:
-            batch = heldout_batch(list(Records(held)), self.ctx.mesh, self.first.layout)
+            batch = heldout_batch(list(Records(held)), self.run.mesh, self.first.layout)
         return dataclasses.replace(self.drift, heldout=batch, first=start + 1)
 
 
 def make_rounds(
-    ctx: Context, artefact: Artefact, first: StepBatches, drift: Drift
+    run: Run, artefact: Artefact, first: StepBatches, drift: Drift
 ) -> CacheRounds | None:
     """Rounds after `first` and `drift`, if the settings ask for any."""
-    return CacheRounds(ctx, artefact, first, drift) if wanted(ctx.config) else None
+    return CacheRounds(run, artefact, first, drift) if refreshes(run.settings) else None

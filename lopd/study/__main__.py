@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from lopd import cli
+from lopd.cli import STAGES, WORKDIR, WORKER, fail
+from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import devices, shutdown
 from lopd.machine.storage import absolute, is_local
-from lopd.main import CONFIG, STAGES, WORKDIR, WORKER, fail, guarded, parse_flags
 
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in order; by default the study's.")
 ARMS = flags.DEFINE_list("arms", [], "Arms to run and to show; by default all.")
@@ -85,14 +87,14 @@ def _run_processes(seeds: Sequence[int]) -> None:
         )
 
 
-def _study() -> None:
+def _study(settings: Settings) -> None:
     from lopd.study import design, run
     from lopd.study.store import Store
     from lopd.study.write import write
 
-    study = design.load(config_flags.get_config_filename(flags.FLAGS["config"]), CONFIG.value)
+    study = design.load(config_flags.get_config_filename(flags.FLAGS["config"]), settings)
     seeds = [int(seed) for seed in SEEDS.value] or [*study.seeds]
-    store = Store(absolute(WORKDIR.value), devices.make_mesh(study.base.mesh.to_dict()))
+    store = Store(absolute(WORKDIR.value), devices.make_mesh(study.base.mesh.sizes))
     arms = run.check(study, store, ARMS.value)
     if PROCESSES.value > 1:
         _run_processes(seeds)
@@ -104,20 +106,15 @@ def _study() -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the study and writes its results."""
-    if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
-    if CONFIG.value is None or not WORKDIR.value:
-        fail("--config=FILE and --workdir=DIR are needed, as in --config=configs/reproduction.py")
+    settings = cli.settings_and_workdir(argv, "--config=configs/reproduction.py")
     if STAGES.value or WORKER.value:
         fail("--stages and --worker are of lopd.main; a study's arms say what runs")
     if not is_local(WORKDIR.value):
         fail(f"--workdir={WORKDIR.value}: a study needs a local directory, for its locks")
     if not all(seed.isdecimal() for seed in SEEDS.value):
         fail(f"--seeds={','.join(SEEDS.value)} must be numbers, as in --seeds=21,22")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-    guarded(_study)
+    cli.guarded(lambda: _study(settings))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

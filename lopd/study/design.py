@@ -5,18 +5,24 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
-
+from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
+from lopd.config.settings import Settings, changed
 from lopd.errors import UserError
 
-AFTER = {
-    "teacher": (),
-    "sft": (),
-    "control": ("sft_data", "control"),
-    "opd": ("precompute", "heldout", "opd"),
-    "online": ("heldout", "online"),
-}
-"""By what an arm evaluates: the stages that lead from π_ref to it."""
+
+def path_to(model: str) -> tuple[str, ...]:
+    """The stages that lead from π_ref to a model, in order; none for those before it."""
+    info = stage_info(model)
+    if not info.trains or model in _SHARED:
+        return ()
+    read = {*info.needs(Settings()), *info.reads_if_there} - {*_SHARED}
+    return tuple(name for name in STAGES if name in read or name == model)
+
+
+MODELS = tuple(info.name for info in CATALOGUE if info.trains)
+"""What an arm may evaluate."""
+_SHARED = ("teacher", "sft")
+"""The models that arms have in common."""
 
 _BEFORE = ("seed", "teacher", "student", "sft", "eval")
 
@@ -33,7 +39,7 @@ class Arm:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings by dotted key."""
     student: str = "opd"
-    """The stage that trains what is evaluated, one of `AFTER`."""
+    """The stage that trains what is evaluated, one of `MODELS`."""
     teacher: str = "plain"
     """The teacher that scores, by its name in the study."""
     sft_teacher: str = ""
@@ -70,7 +76,7 @@ class Study:
     about other teachers.
     """
 
-    base: ml_collections.ConfigDict
+    base: Settings
     seeds: Sequence[int]
     teachers: Mapping[str, Mapping[str, Any]]
     """Name → settings by dotted key."""
@@ -89,7 +95,7 @@ class Study:
             raise UserError(f"no arm is called {name!r}; there are {', '.join(found)}")
         return found[name]
 
-    def teacher_config(self, name: str) -> ml_collections.ConfigDict:
+    def teacher_config(self, name: str) -> Settings:
         """The settings that a teacher is made with.
 
         Raises:
@@ -98,13 +104,13 @@ class Study:
         if name not in self.teachers:
             raise UserError(f"no teacher is called {name!r}; there are {', '.join(self.teachers)}")
         changes = {**self.teachers[name], "seed": self.teacher_seed}
-        return changed(self.base, changes, f"teacher {name!r}")
+        return _changed(self.base, changes, f"teacher {name!r}")
 
-    def start_config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
+    def start_config(self, arm: Arm, seed: int) -> Settings:
         """The settings of an arm up to π_ref."""
-        return changed(self.teacher_config(arm.writer), {"seed": seed}, f"arm {arm.name!r}")
+        return _changed(self.teacher_config(arm.writer), {"seed": seed}, f"arm {arm.name!r}")
 
-    def after_config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
+    def after_config(self, arm: Arm, seed: int) -> Settings:
         """The settings of an arm from π_ref on.
 
         Raises:
@@ -117,9 +123,9 @@ class Study:
                     f"{what}: {key} is settled before the arms part; change it in the base "
                     "settings, or give the arm a teacher with it"
                 )
-        config = changed(self.teacher_config(arm.teacher), arm.overrides, what)
+        config = _changed(self.teacher_config(arm.teacher), arm.overrides, what)
         inconsistent = arm.writer != arm.teacher
-        return changed(
+        return _changed(
             config,
             {
                 "seed": seed,
@@ -144,41 +150,24 @@ class Study:
                 self.arm(name)
         arms = [self.arm(name) for name in names] or list(self.arms)
         for arm in arms:
-            if arm.student not in AFTER:
+            if arm.student not in MODELS:
                 raise UserError(
-                    f"arm {arm.name!r}: student={arm.student!r} must be one of {', '.join(AFTER)}"
+                    f"arm {arm.name!r}: student={arm.student!r} must be one of {', '.join(MODELS)}"
                 )
             self.start_config(arm, self.seeds[0])
             self.after_config(arm, self.seeds[0])
         return arms
 
 
-def changed(
-    base: ml_collections.ConfigDict, changes: Mapping[str, Any], what: str
-) -> ml_collections.ConfigDict:
-    """A copy of settings with some of them changed, by dotted key.
-
-    Raises:
-      UserError: naming `what` and the setting, if there is none of that name and type.
-    """
-    config = ml_collections.ConfigDict(base.copy_and_resolve_references()).lock()
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        try:
-            target = config
-            for section in sections:
-                target = target[section]
-            target[name]  # an unknown one raises
-            target[name] = value
-        except (AttributeError, KeyError) as error:
-            raise UserError(f"{what}: there is no setting {key}") from error
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{what}: {key}={value!r} cannot be set: {reason}") from error
-    return config
+def _changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
+    """`changed`, whose errors name `what` the changes belong to."""
+    try:
+        return changed(settings, changes)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
-def load(path: str, base: ml_collections.ConfigDict) -> Study:
+def load(path: str, base: Settings) -> Study:
     """The study of a file: its `get_study(base)`, with settings that may have been changed.
 
     Raises:

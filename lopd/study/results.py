@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
-from lopd.study.design import Arm, Study
+from lopd.config.catalogue import stage_info
+from lopd.study.design import Arm, Study, path_to
 from lopd.study.run import finished
 from lopd.study.store import Store
 
 _LAST_STEPS = 10
-_AFTER_SFT = ("precompute", "opd", "online", "control")
-"""Stages whose costs are those of an arm; the drift panel's rollouts are not."""
 
 
 def _rows(path: epath.Path) -> list[dict]:
@@ -53,6 +52,12 @@ def _training(artefact: Artefact) -> dict:
     return found
 
 
+def _costs_of(arm: Arm) -> list[str]:
+    """Stages whose costs are those of an arm; what the drift panel reads is not."""
+    read = stage_info(arm.student).reads_if_there
+    return [name for name in path_to(arm.student) if name not in read]
+
+
 def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
     """The numbers of one arm with one seed."""
     summary = json.loads((artefacts["eval"].path / "summary.json").read_text())
@@ -70,7 +75,7 @@ def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
         "seconds": {name: artefact.manifest["seconds"] for name, artefact in artefacts.items()},
         "costs": {
             name: artefacts[name].outputs["costs"]
-            for name in _AFTER_SFT
+            for name in _costs_of(arm)
             if name in artefacts and "costs" in artefacts[name].outputs
         },
         "artefacts": {name: artefact.path.name for name, artefact in artefacts.items()},

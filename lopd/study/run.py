@@ -3,43 +3,43 @@
 import time
 from collections.abc import Iterator, Sequence
 
-from lopd import pipeline
+from lopd import preflight
 from lopd.artefacts.artefact import Artefact
+from lopd.config.settings import changed
 from lopd.errors import UserError
 from lopd.machine import shutdown
-from lopd.stages.run import Context
-from lopd.study.design import AFTER, Arm, Study
+from lopd.stages.run import Run
+from lopd.study.design import Arm, Study, path_to
 from lopd.study.store import Store
 
 _POLL_SECONDS = 1.0
 
 
-def steps(study: Study, store: Store, arm: Arm, seed: int) -> Iterator[tuple[Context, str]]:
+def steps(study: Study, store: Store, arm: Arm, seed: int) -> Iterator[tuple[Run, str]]:
     """The stages of an arm in order; each must be complete before the next is asked for."""
     teachers = {}
     for name in dict.fromkeys((arm.writer, arm.teacher)):
-        ctx = store.context(study.teacher_config(name))
-        yield ctx, "teacher"
-        teachers[name] = str(ctx.home("teacher"))
+        run = store.open_run(study.teacher_config(name))
+        yield run, "teacher"
+        teachers[name] = str(run.home("teacher"))
     after = study.after_config(arm, seed)
-    after.teacher.checkpoint = teachers[arm.teacher]
+    given = {"teacher.checkpoint": teachers[arm.teacher]}
     if arm.student != "teacher":
         config = study.start_config(arm, seed)
-        config.teacher.checkpoint = teachers[arm.writer]
-        start = store.context(config)
+        start = store.open_run(changed(config, {"teacher.checkpoint": teachers[arm.writer]}))
         yield start, "sft_data"
         yield start, "sft"
-        after.sft.checkpoint = str(start.home("sft"))
-    ctx = store.context(after)
-    for stage in (*AFTER[arm.student], "eval"):
-        yield ctx, stage
+        given["sft.checkpoint"] = str(start.home("sft"))
+    run = store.open_run(changed(after, given))
+    for stage in (*path_to(arm.student), "eval"):
+        yield run, stage
 
 
 def finished(study: Study, store: Store, arm: Arm, seed: int) -> dict[str, Artefact] | None:
     """The artefacts of an arm by stage, or None if one is missing."""
     found = {}
-    for ctx, stage in steps(study, store, arm, seed):
-        found[stage] = Artefact(ctx.home(stage))
+    for run, stage in steps(study, store, arm, seed):
+        found[stage] = Artefact(run.home(stage))
         if not found[stage].complete:
             return None
     return found
@@ -54,11 +54,11 @@ def check(study: Study, store: Store, names: Sequence[str]) -> list[Arm]:
     arms = study.check(names)
     for arm in arms:
         before = ("teacher",) if arm.student == "teacher" else ("teacher", "sft_data", "sft")
-        start = store.context(study.start_config(arm, study.seeds[0]))
-        after = store.context(study.after_config(arm, study.seeds[0]))
+        start = store.open_run(study.start_config(arm, study.seeds[0]))
+        after = store.open_run(study.after_config(arm, study.seeds[0]))
         try:
-            pipeline.check_settings(start, before)
-            pipeline.check_settings(after, (*AFTER[arm.student], "eval"))
+            preflight.check_settings(start, before)
+            preflight.check_settings(after, (*path_to(arm.student), "eval"))
         except UserError as error:
             raise UserError(f"arm {arm.name!r}: {error}") from error
     return arms
@@ -92,10 +92,10 @@ def run(study: Study, store: Store, arms: Sequence[Arm], seeds: Sequence[int]) -
 def _make_teachers(study: Study, store: Store, arms: Sequence[Arm]) -> None:
     """Makes the teachers that no other process is at, so that several make one each."""
     for name in dict.fromkeys(name for arm in arms for name in (arm.writer, arm.teacher)):
-        ctx = store.context(study.teacher_config(name))
+        run = store.open_run(study.teacher_config(name))
         with store.locked(f"teacher-{name}", wait=False) as taken:
             if taken:
-                store.make(ctx, "teacher", f"teacher {name}")
+                store.make(run, "teacher", f"teacher {name}")
 
 
 def _run_arm(study: Study, store: Store, arm: Arm, seed: int) -> None:
@@ -103,10 +103,10 @@ def _run_arm(study: Study, store: Store, arm: Arm, seed: int) -> None:
         return
     title, spent = f"seed {seed}, {arm.name}", {}
     wall = time.perf_counter()
-    for ctx, stage in steps(study, store, arm, seed):
+    for run, stage in steps(study, store, arm, seed):
         shutdown.check()
         cpu = time.process_time()
-        store.make(ctx, stage, f"{title}: {stage}")
+        store.make(run, stage, f"{title}: {stage}")
         spent[stage] = spent.get(stage, 0.0) + time.process_time() - cpu
     parts = ", ".join(f"{stage} {cpu:.0f}" for stage, cpu in spent.items() if cpu >= 0.5)
     total = sum(spent.values())

@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import Iterator
 
-import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
+from lopd.config.settings import Settings
 from lopd.machine import shutdown
-from lopd.stages.run import Context
+from lopd.stages.run import Run
 
 _POLL_SECONDS = 0.5
 
@@ -60,26 +60,26 @@ class Store:
         self.workdir = workdir
         self._mesh = mesh
 
-    def context(self, config: ml_collections.ConfigDict) -> Context:
+    def open_run(self, settings: Settings) -> Run:
         """A run with these settings, whose artefacts lie in the store."""
         found: dict[str, epath.Path] = {}
 
-        def locate(ctx: Context, stage: str) -> epath.Path:
+        def locate(run: Run, stage: str) -> epath.Path:
             if stage not in found:  # what a stage reads is complete and changes no more
-                settings, inputs = pipeline.identify(ctx, stage)
-                text = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
+                made_with, inputs = pipeline.identify(run, stage)
+                text = json.dumps({"settings": made_with, "inputs": inputs}, sort_keys=True)
                 digest = hashlib.sha256(text.encode()).hexdigest()[:12]
                 found[stage] = self.workdir / "artefacts" / f"{stage}-{digest}"
             return found[stage]
 
-        return Context(config, self.workdir, self._mesh, locate=locate)
+        return Run(settings, self.workdir, self._mesh, locate=locate)
 
-    def make(self, ctx: Context, stage: str, title: str) -> None:
+    def make(self, run: Run, stage: str, title: str) -> None:
         """Runs a stage unless its artefact is complete; waits if another process is at it."""
-        path = ctx.place(stage)
+        path = run.place(stage)
         if not Artefact(path).complete:
             with self.locked(path.name):
-                pipeline.run_stage(ctx, stage, title)
+                pipeline.run_stage(run, stage, title)
 
     def locked(self, name: str, wait: bool = True):
         """The lock of that name; see `locked`."""

@@ -73,7 +73,15 @@ def _resume(
 ) -> tuple[int, TrainState]:
     """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
     abstract = abstract_state(optimizer, trainable, mesh)
-    orbax.check_room(artefact.path / "checkpoints", abstract, steps, runtime)
+    orbax.check_room(
+        artefact.path / "checkpoints",
+        abstract,
+        abstract.params,
+        steps=steps,
+        checkpoint_every=runtime.checkpoint_every,
+        keep_checkpoints=runtime.keep_checkpoints,
+        keep_every=runtime.keep_every or 0,
+    )
     start, state = orbax.restore_newest(manager, abstract, _identity(artefact))
     if state is None:
         return start, create_state(optimizer, trainable, mesh)
@@ -139,7 +147,7 @@ def train(
     directory, keep = artefact.path / "checkpoints", runtime.keep_checkpoints
     with (
         orbax.full_disk_is_an_os_error(),
-        orbax.open_manager(directory, keep, runtime.keep_every) as manager,
+        orbax.open_manager(directory, keep, runtime.keep_every or 0) as manager,
     ):
         start, state = _resume(manager, artefact, trainable, optimizer, mesh, recipe.steps, runtime)
         log = StepLog(artefact, model, recipe, metrics, mesh, start, drift is not None)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lopd.config.settings import TrainingRecipe
 from lopd.machine import devices
 from lopd.models import decoder
+from lopd.models.parameters import decay_mask
 
 
 @flax.struct.dataclass
@@ -40,16 +41,6 @@ def learning_rate_schedule(recipe: TrainingRecipe) -> optax.Schedule:
     return lambda count: joined(count + 1 if recipe.warmup_steps else count)
 
 
-def _decayed(params: decoder.Params) -> decoder.Params:
-    """True for matrices; norm scales and the embedding are not decayed."""
-
-    def decays(path, _):
-        names = jax.tree_util.keystr(path)
-        return "norm" not in names and "embed" not in names
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
 def make_optimizer(recipe: TrainingRecipe) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW as the paper uses it (arXiv 2604.13010, appendix).
 
@@ -65,14 +56,14 @@ def make_optimizer(recipe: TrainingRecipe) -> optax.GradientTransformation:
             b2=recipe.b2,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
-            mask=_decayed,
+            mask=decay_mask,
             mu_dtype=recipe.mu_dtype,
         )
     else:
         update = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(recipe.weight_decay, mask=_decayed),
+            optax.add_decayed_weights(recipe.weight_decay, mask=decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
     return optax.chain(optax.clip_by_global_norm(recipe.grad_clip), update)

@@ -1,0 +1,123 @@
+"""What the commands share: flags, mistakes as one line, exit codes, signals.
+
+The commands are doors: `lopd.main`, `lopd.study`, `lopd.plan`, `lopd.cache`, `lopd.report`.
+"""
+
+import contextlib
+import errno
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from lopd.config.settings import Settings, read_settings
+from lopd.errors import UserError
+from lopd.machine import shutdown
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
+STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
+WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
+
+
+def report_error(message: str) -> None:
+    """One line on the standard error."""
+    print(f"lopd: error: {message}", file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line."""
+    report_error(message)
+    sys.exit(shutdown.EXIT_ERROR)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For commands that only read and write files: what a user can mend is one line."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        fail(str(error))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with any mistake in a setting as one line; `--config.key=None` unsets one."""
+    unset = [match[1] for a in argv if (match := re.fullmatch(r"--?config\.(.+)=None", a))]
+    try:
+        rest = flags.FLAGS([a for a in argv if not re.fullmatch(r"--?config\..+=None", a)])
+        for key in unset:
+            CONFIG.value.update_from_flattened_dict({key: None})
+        return rest
+    except (AttributeError, KeyError) as error:
+        # ml_collections' "'key'… Did you mean …?" says neither where the key was nor what it is.
+        message = str(error.args[0])
+        key = re.match(r"\W*(\w+)", message).group(1)
+        given = [a.split("=")[0] for a in argv if key in re.split(r"[.=]", a)]
+        nearest = re.search(r'mean "(\w+)"', message)
+        hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
+        fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+
+
+def settings_and_workdir(argv: list[str], example: str) -> Settings:
+    """The settings of a command that needs --config and --workdir; quietens the libraries."""
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
+    if CONFIG.value is None or not WORKDIR.value:
+        fail(f"--config=FILE and --workdir=DIR are needed, as in {example}")
+    return settings()
+
+
+def settings() -> Settings:
+    """The settings of --config, each within its domain; otherwise the program ends with a line."""
+    quiet()
+    with one_line_errors():
+        return read_settings(CONFIG.value)
+
+
+def quiet() -> None:
+    """Leaves libraries their warnings only: Orbax reports every file at INFO."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Sets the process up for a working directory, does the work, and ends it with its exit code.
+
+    A mistake of the user's or a full disk is one line; signals are a request to stop.
+    """
+    # Imported here so that a mistake on the command line is reported at once.
+    from lopd.machine import processes, setup
+    from lopd.machine.storage import is_local
+
+    setup.prepare(WORKDIR.value)
+    try:
+        processes.initialize()
+        with shutdown.on_signals():
+            work()
+    except UserError as error:
+        report_error(str(error))
+        processes.leave(shutdown.EXIT_ERROR)
+    except shutdown.Stopped:
+        print("\nlopd: stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(shutdown.EXIT_STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            processes.leave(1)
+        # Buckets do not fill up; what goes to one, or comes from it, is on a disk on the way.
+        where = WORKDIR.value if is_local(WORKDIR.value) else tempfile.gettempdir()
+        report_error(
+            f"no room left on the disk of {where} ({error}): free some and run the same command, "
+            "it continues from what is finished"
+        )
+        processes.leave(shutdown.EXIT_ERROR)
+    except Exception:
+        traceback.print_exc()
+        processes.leave(1)

@@ -1,0 +1,138 @@
+"""The shape and numerics of a decoder, with the field names of Hugging Face's `config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from lopd.errors import UserError
+
+_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("original_max_position_embeddings",),
+        ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+}
+"""rope_type → the fields that it needs beside `factor`, and those that it may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for longer contexts; see `lopd.models.rotary`.
+
+    Fields that a type does not use are None, and so are those of YaRN that keep their default.
+    """
+
+    rope_type: str
+    """linear, llama3 (Llama 3.1 and later) or yarn."""
+    factor: float
+    """By how much the context grows."""
+    original_max_position_embeddings: int | None = None
+    """Longest position before the change."""
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    """32 by default."""
+    beta_slow: float | None = None
+    """1 by default."""
+    attention_factor: float | None = None
+    """What queries and keys are multiplied by; 0.1 · ln(factor) + 1 by default."""
+    truncate: bool | None = None
+    """Whether the range of changed dimensions is rounded to whole ones; true by default."""
+
+    def __post_init__(self):
+        if self.rope_type not in _ROPE_FIELDS:
+            raise UserError(
+                f"model: rope_type={self.rope_type!r} is not implemented; there are "
+                f"{', '.join(_ROPE_FIELDS)}, and no rope_scaling for none"
+            )
+        needed, optional = _ROPE_FIELDS[self.rope_type]
+        names = [field.name for field in dataclasses.fields(self)]
+        stated = [name for name in names if getattr(self, name) is not None]
+        for name in ("factor", *needed):
+            if name not in stated:
+                raise UserError(f"model: rope_type={self.rope_type} needs rope_scaling.{name}")
+        for name in stated:
+            value = getattr(self, name)
+            if name not in ("rope_type", "factor", *needed, *optional):
+                raise UserError(f"model: rope_type={self.rope_type} does not use {name}={value!r}")
+            if name not in ("rope_type", "truncate") and (
+                isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+            ):
+                raise UserError(f"model: rope_scaling.{name}={value!r} must be a positive number")
+        if self.factor < 1:
+            raise UserError(f"model: rope_scaling.factor={self.factor} must be at least 1")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            below, above = getattr(self, low), getattr(self, high)
+            if below is not None and above is not None and below >= above:
+                raise UserError(f"model: {low}={below} must be less than {high}={above}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and numerics of a decoder, with the field names of Hugging Face's `config.json`.
+
+    `num_experts` of 0 is a dense model; otherwise every layer is a mixture of experts, and
+    `intermediate_size` goes unused. `dtype` is the compute type; parameters are held in float32
+    unless a caller casts them. The defaults are Qwen3's; `lopd.checkpoints.hf_config.FAMILIES`
+    says which flags each family has.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
+    dtype: str = "float32"
+    qk_norm: bool = True
+    """RMSNorm on each head's queries and keys, as Qwen3 has it."""
+    attention_bias: bool = False
+    """Biases on queries, keys and values (not on the output), as Qwen2 has them."""
+    rope_scaling: RopeScaling | None = None
+    """Also taken as a mapping, which is what settings and manifests hold."""
+
+    def __post_init__(self):
+        scaling = self.rope_scaling
+        if scaling is not None and not isinstance(scaling, RopeScaling):
+            object.__setattr__(self, "rope_scaling", _rope_scaling(scaling))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model: head_dim={self.head_dim} must be even (rotary embedding)")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"model: num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise UserError("model: a mixture of experts needs moe_intermediate_size")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of activations and matmul operands."""
+        return jnp.dtype(self.dtype)
+
+
+def _rope_scaling(values: Mapping) -> RopeScaling | None:
+    """From a mapping (an empty one says nothing is scaled)."""
+    try:
+        return RopeScaling(**values) if len(values) else None
+    except TypeError as error:
+        raise UserError(f"model: rope_scaling: {error}") from error

@@ -1,0 +1,62 @@
+"""What one call of a program computes, moves and holds, by formula.
+
+Units: FLOPs of all chips together, bytes of one chip.
+"""
+
+import dataclasses
+
+from lopd.models.decoder_config import DecoderConfig
+from lopd.models.flops import forward_flops
+from lopd.models.memory import model_size, scoring_scratch, training_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call of a program costs all chips together, and a rough peak of one chip."""
+
+    flops: float
+    bytes_per_chip: float
+    peak_bytes: float
+
+
+def training_work(
+    model: DecoderConfig,
+    mesh: dict[str, int],
+    *,
+    rows: int,
+    row_length: int,
+    used_rows: int,
+    context: float,
+    micro_batches: int,
+    remat: str,
+) -> Work:
+    """One optimizer step: three forward passes' worth of FLOPs for `used_rows`."""
+    size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
+    used_micro = -(-used_rows // rows)
+    update = 28 * size.total / shards  # read weights, moments and gradients; write all but those
+    passes = used_micro * 3 * size.total / mesh["tensor"] * model.compute_dtype.itemsize
+    shape = dict(rows=rows, row_length=row_length, micro_batches=micro_batches, remat=remat)
+    return Work(
+        flops=3 * forward_flops(model, used_rows * row_length, context),
+        bytes_per_chip=update + passes,
+        peak_bytes=training_bytes(model, mesh, **shape),
+    )
+
+
+def scoring_work(
+    model: DecoderConfig,
+    mesh: dict[str, int],
+    *,
+    rows: int,
+    row_length: int,
+    context: float,
+    weight_bytes: int,
+) -> Work:
+    """One forward pass over `rows`."""
+    size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
+    shape = dict(rows=rows, row_length=row_length, weight_bytes=weight_bytes)
+    return Work(
+        flops=forward_flops(model, rows * row_length, context),
+        bytes_per_chip=size.total / mesh["tensor"] * model.compute_dtype.itemsize,
+        peak_bytes=weight_bytes * size.total / shards + scoring_scratch(model, mesh, **shape),
+    )

@@ -1,0 +1,162 @@
+"""Everything that a run can be refused for before any work: settings, models, files, artefacts."""
+
+import jax
+
+from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, stage_info
+from lopd.config.checks import check_settings as check_settings_alone
+from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
+from lopd.errors import UserError
+from lopd.machine import processes
+from lopd.machine.storage import check_url, reason
+from lopd.models.shardings import check_divisible
+from lopd.stages.adopt import adoption
+from lopd.stages.objective import check_objective
+from lopd.stages.origins import Adopted, Given
+from lopd.stages.run import Run
+from lopd.stages.stage import Stage, load_stage
+
+
+def stage_of(run: Run, name: str) -> Stage:
+    """What makes the artefact of `name` in this run: its stage, or the adoption of a checkpoint."""
+    return adoption(name) if isinstance(run.origin(name), Adopted) else load_stage(name)
+
+
+def _uses_teacher(run: Run, stages: tuple[str, ...]) -> bool:
+    """Whether some stage needs the teacher's weights, or a checkpoint for them is named."""
+    if isinstance(run.origin("teacher"), Adopted):
+        return True
+    for name in stages:
+        info = stage_info(name)
+        who = (info.trains, *info.samples(run.settings), *info.scores(run.settings))
+        if TEACHER in who:
+            return True
+    return False
+
+
+def _check_urls(run: Run) -> None:
+    """Refuses URLs that would otherwise fail only hours into the run."""
+    task = run.settings.task
+    problems = (task.problems or "").split(",")
+    for path in (task.sft_prompts, task.opd_prompts, *problems, run.settings.opd.cache):
+        if path:
+            check_url(path)
+
+
+def _check_positions(run: Run, which: str, stages: tuple[str, ...]) -> None:
+    """Per model, the stages whose prompt plus response must fit its max_position_embeddings."""
+    limit = run.model(which).max_position_embeddings
+    for name in stages:
+        info = stage_info(name)
+        if which in (*info.samples(run.settings), *info.scores(run.settings)):
+            section = info.sampling_section
+            longest = run.settings.prompt_length
+            longest += getattr(run.settings, section).response_length
+            if longest > limit:
+                raise UserError(
+                    f"prompt_length + {section}.response_length = {longest} is more than the "
+                    f"{which}'s max_position_embeddings={limit}"
+                )
+
+
+def check_settings(run: Run, stages: tuple[str, ...]) -> None:
+    """Everything that can be refused by the settings and the models' shapes.
+
+    Raises:
+      UserError: one line that says what is wrong.
+    """
+    settings = run.settings
+    check_settings_alone(settings, stages)
+    check_objective(settings.opd)
+    _check_urls(run)
+    for which in (TEACHER, STUDENT):
+        if which == TEACHER and not _uses_teacher(run, stages):
+            continue
+        model = run.model(which)
+        _check_positions(run, which, stages)
+        check_divisible(model, run.mesh, f"{which}.model")
+        check_vocabulary(run.tokenizer, model.vocab_size, f"the embedding of {which}.model")
+    top_k = settings.precompute.teacher_top_k
+    if top_k and _uses_teacher(run, stages) and top_k > run.model(TEACHER).vocab_size:
+        raise UserError(f"precompute.teacher_top_k={top_k}: the teacher has fewer tokens")
+    rows, split = settings.runtime.rows_per_micro, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    if rows % split:
+        raise UserError(
+            f"runtime.rows_per_micro={rows} must be a multiple of data × fsdp = {split}"
+        )
+
+
+def _check_made(run: Run, name: str, wanted: bool) -> None:
+    """Refuses an artefact that is there and was made from other settings, and bad prompts."""
+    origin = run.origin(name)
+    if isinstance(origin, Given):
+        open_complete(origin.path, f"the {name} artefact given in the settings")
+    elif wanted or isinstance(origin, Adopted):
+        stage = stage_of(run, name)
+        artefact = Artefact(run.home(name) if isinstance(origin, Adopted) else run.place(name))
+        artefact.check("settings", stage.settings(run))
+        if not artefact.complete:
+            stage.read_prompts(run)
+
+
+def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses what is there and was made from other settings, and what is needed and not there.
+
+    Raises:
+      UserError: one line that says what is wrong.
+    """
+    for info in CATALOGUE:
+        _check_made(run, info.name, info.name in stages)
+    for name in stages:
+        load_stage(name).check(run, stages)
+    # A stage reads artefacts that are given, already there, or about to be made.
+    for name in stages:
+        made_elsewhere = isinstance(run.origin(name), Given | Adopted)
+        for needed in () if made_elsewhere else stage_info(name).needs(run.settings):
+            if needed not in stages and not isinstance(run.origin(needed), Given | Adopted):
+                run.input(needed)
+    _check_checkpoints(run, stages)
+
+
+def _check_checkpoints(run: Run, stages: tuple[str, ...]) -> None:
+    """What Hugging Face checkpoints must agree on before any is used."""
+    teacher, student = run.origin("teacher"), run.origin("sft")
+    if isinstance(student, Adopted):
+        student.folder  # noqa: B018  (says what is missing)
+    if run.settings.student.checkpoint:
+        run.base_folder  # noqa: B018
+    if isinstance(teacher, Adopted):
+        check_same_vocabulary(
+            load_tokenizer(teacher.folder),
+            run.tokenizer,
+            f"the tokenizers of {teacher.folder} and the student",
+        )
+    scored = any(stage_info(name).scores(run.settings) for name in stages)
+    if isinstance(student, Adopted) and scored and not run.settings.sft.teacher:
+        raise UserError(
+            f"sft.checkpoint={student.checkpoint} was fine-tuned elsewhere: say in sft.teacher "
+            "who wrote its data (the method needs the teacher that scores to be the same)"
+        )
+
+
+def check_writable(run: Run) -> None:
+    """Every process can write in the working directory, and it is the same one.
+
+    Raises:
+      UserError: saying why it cannot.
+    """
+    workdir, process = run.workdir, jax.process_index()
+    probe = workdir / f".write-probe-{process}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+    except Exception as error:  # the clients of buckets have their own kinds
+        raise UserError(f"--workdir={workdir} cannot be written: {reason(error)}") from error
+    processes.barrier("probes written")
+    shared = (workdir / ".write-probe-0").exists()
+    if processes.any_process(not shared):
+        raise UserError(
+            f"--workdir={workdir} is not the same directory on all {jax.process_count()} "
+            "processes: give a network file system or a bucket (gs://) that all of them see"
+        )
+    probe.unlink()

@@ -1,0 +1,42 @@
+"""What the identity of an artefact is made of: settings, shapes, and who wrote the SFT data."""
+
+import dataclasses
+from typing import Any
+
+from lopd.stages.run import Run
+
+_PATHS = ("checkpoint", "cache", "teacher")
+"""Settings that name artefacts: what those hold is compared by fingerprint instead."""
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def stage_settings(run: Run, section: str, *shared: str) -> dict:
+    """The settings a stage's result depends on: its section, the named others, and the seed."""
+    own = dataclasses.asdict(getattr(run.settings, section))
+    return {
+        "seed": run.settings.seed,
+        "tokenizer": run.tokenizer.fingerprint,
+        "chat_template": run.tokenizer.template_fingerprint,
+        section: {key: value for key, value in own.items() if key not in _PATHS},
+        **{key: _plain(getattr(run.settings, key)) for key in shared},
+    }
+
+
+def model_settings(run: Run, which: str) -> dict:
+    """The shape of a model, as part of a stage's settings."""
+    return {f"{which}_model": dataclasses.asdict(run.model(which))}
+
+
+def declared_teacher(run: Run) -> str:
+    """Who is declared, in `sft.teacher`, to have written the SFT data.
+
+    The same name as `teacher.checkpoint` stands for that teacher's weights; another name stays a
+    name, which equals no fingerprint.
+    """
+    declared = run.settings.sft.teacher
+    if declared and declared == run.settings.teacher.checkpoint:
+        return run.input("teacher").outputs["fingerprint"]
+    return declared or "not declared"
