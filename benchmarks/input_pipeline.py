@@ -20,8 +20,9 @@ from lopd.artefacts.artefact import Artefact
 from lopd.cache import totals, writer
 from lopd.cache.fields import SCORED_FIELDS
 from lopd.cache.reader import Records
-from lopd.config import base_config
+from lopd.config.settings import RuntimeSettings
 from lopd.data.batches import step_batches
+from lopd.data.layout import Layout
 
 TARGET = 20 * 10_000
 
@@ -52,7 +53,7 @@ def make_cache(path: str, records: list[dict]) -> Artefact:
     """A finished cache, in shards as `precompute` makes them by default."""
     artefact = Artefact(path)
     artefact.begin("precompute", {}, {})
-    per_shard = base_config().runtime.records_per_shard
+    per_shard = RuntimeSettings().records_per_shard
     shards = [records[i : i + per_shard] for i in range(0, len(records), per_shard)]
     for i, shard in enumerate(shards):
         counted = totals.of_responses(shard) | totals.of_scores(shard)
@@ -73,21 +74,18 @@ def main() -> None:
         source = Records(make_cache(folder, long_records(options.records)))
         batches = step_batches(
             source,
+            Layout(5120, 8, "sample_mean", ("teacher_logprobs", "ref_logprobs")),
             seed=0,
             batch_size=256,
-            row_length=5120,
-            rows_per_micro=8,
-            reduction="sample_mean",
-            token_fields=("teacher_logprobs", "ref_logprobs"),
         )
         steps = max(2, options.records // 256)
         start, full = time.perf_counter(), []
         tokens = 0
         for batch in batches.iterate(0, steps):
-            used = int(batch["num_micro"])
-            rows = (batch["segment_ids"] > 0).any(axis=-1)
-            full.append((batch["segment_ids"] > 0)[rows].mean())
-            tokens += int((batch["segment_ids"] > 0).sum())
+            used = int(batch.num_micro)
+            rows = (batch.segment_ids > 0).any(axis=-1)
+            full.append((batch.segment_ids > 0)[rows].mean())
+            tokens += int((batch.segment_ids > 0).sum())
             assert used * 8 >= rows.sum()
         rate = tokens / (time.perf_counter() - start)
         print(f"batches: {rate:,.0f} tokens/s, {rate / TARGET:.1f} × the limit of {TARGET:,}")

@@ -22,13 +22,16 @@ from input_pipeline import make_cache
 
 from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.config import base_config, training_recipe
+from lopd.config.settings import Settings, TrainingRecipe
 from lopd.data.batches import put_batch, step_batches
+from lopd.data.layout import Layout
 from lopd.machine import devices
 from lopd.machine.setup import prepare
 from lopd.models import decoder
+from lopd.models.shardings import param_shardings
 from lopd.objectives.sampled import lightning_opd
-from lopd.training.loop import _InFlight, _Log, train
+from lopd.training.log import InFlight, StepLog
+from lopd.training.loop import train
 from lopd.training.state import create_state, make_optimizer
 from lopd.training.step import make_train_step
 
@@ -73,23 +76,20 @@ def main() -> None:
     options = arguments.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     mesh = devices.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    recipe = training_recipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
+    recipe = TrainingRecipe(steps=options.steps, batch_size=128, learning_rate=1e-3)
     folder = tempfile.TemporaryDirectory()
     batches = step_batches(
         Records(make_cache(os.path.join(folder.name, "cache"), short_records(12_000))),
+        Layout(128, 8, "sample_mean", ("teacher_logprobs", "ref_logprobs")),
         seed=0,
         batch_size=128,
-        row_length=128,
-        rows_per_micro=8,
-        reduction="sample_mean",
-        token_fields=("teacher_logprobs", "ref_logprobs"),
     )
     start = time.perf_counter()
     for _ in batches.iterate(0, options.steps):
         pass
     alone = (time.perf_counter() - start) / options.steps
-    settings, objective = base_config(), lightning_opd(1.0)
-    params = decoder.init_params(MODEL, jax.random.key(0))
+    settings, objective = Settings(), lightning_opd(1.0)
+    params = random_params(mesh)
     with folder:
         prepare(folder.name)
         artefact = Artefact(os.path.join(folder.name, "opd"))
@@ -110,18 +110,24 @@ def main() -> None:
     print(f"a batch takes {alone * 1e3:.1f} ms to make: {step / alone:.1f} × the appetite")
 
 
+def random_params(mesh) -> decoder.Params:
+    """Untrained weights in their sharding."""
+    make = lambda: decoder.init_params(MODEL, jax.random.key(0))  # noqa: E731
+    return jax.jit(make, out_shardings=param_shardings(MODEL, mesh))()
+
+
 def time_of_a_row(artefact, recipe, settings, batches, mesh) -> float:
     """Seconds that the loop takes to read and write the metrics of a step that has run."""
     optimizer = make_optimizer(recipe)
-    step = make_train_step(MODEL, optimizer, lightning_opd(1.0), mesh)
-    params = decoder.init_params(MODEL, jax.random.key(0))
-    state = create_state(MODEL, optimizer, params, mesh)
-    _, metrics = step(state, put_batch(batches[0], mesh, 8))
+    params = random_params(mesh)
+    step = make_train_step(MODEL, optimizer, lightning_opd(1.0), params, mesh)
+    state = create_state(optimizer, params, mesh)
+    _, metrics = step(state, {}, put_batch(batches[0], mesh, 8))
     jax.block_until_ready(metrics)
-    log = _Log(artefact, MODEL, recipe, settings.metrics, mesh, 0, False)
+    log = StepLog(artefact, MODEL, recipe, settings.metrics, mesh, 0, False)
     start = time.perf_counter()
     for number in range(recipe.steps):
-        log.read(_InFlight(number + 1, dict(metrics), None, 0.0, {}))
+        log.read(InFlight(number + 1, dict(metrics), None, 0.0, {}))
     seconds = (time.perf_counter() - start) / recipe.steps
     log.close()
     return seconds

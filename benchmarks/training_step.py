@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopd import config as lopd_config
-from lopd.data.batches import micro_batches
+from lopd.config.settings import TrainingRecipe
+from lopd.data.batches import micro_batches, put_batch
+from lopd.data.layout import Layout
 from lopd.machine import devices, setup
 from lopd.models import decoder
 from lopd.models.flops import training_flops
@@ -35,7 +36,7 @@ from lopd.training.step import make_train_step
 
 SMALL = {"42m": decoder.DecoderConfig(32_768, 512, 1536, 8, 8, 4, 64)}
 PROMPT = 64
-RECIPE = lopd_config.training_recipe(learning_rate=1e-5)
+RECIPE = TrainingRecipe(learning_rate=1e-5)
 TAU = 10.0
 
 
@@ -89,21 +90,15 @@ def jax_step(config, mesh, data, args):
         lambda key: decoder.init_params(config, key),
         out_shardings=param_shardings(config, mesh),
     )(jax.random.key(0))
-    state = create_state(config, optimizer, params, mesh)
-    train = make_train_step(config, optimizer, lightning_opd(TAU), mesh, args.remat)
-    batch = micro_batches(
-        data,
-        row_length=args.length,
-        rows_per_micro=args.rows,
-        reduction="sample_mean",
-        token_fields=("teacher_logprobs", "ref_logprobs"),
-    )
-    rows, whole = devices.rows_sharding(mesh, leading=1), devices.replicated(mesh)
-    batch = {k: jax.device_put(v, whole if k == "num_micro" else rows) for k, v in batch.items()}
+    state = create_state(optimizer, params, mesh)
+    train = make_train_step(config, optimizer, lightning_opd(TAU), params, mesh, args.remat)
+    fields = ("teacher_logprobs", "ref_logprobs")
+    layout = Layout(args.length, args.rows, "sample_mean", fields)
+    batch = put_batch(micro_batches(data, layout), mesh, args.rows)
 
     def step():
         nonlocal state
-        state, metrics = train(state, batch)
+        state, metrics = train(state, {}, batch)
         return metrics["loss"]
 
     return step

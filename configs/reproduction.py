@@ -99,7 +99,7 @@ def _arms(base):
         Arm("fixed", {"opd.objective": "fixed_advantage"}),
         Arm("sft_rollouts", {"opd.objective": "cross_entropy"}),
     ]
-    whole = base.teacher.model.vocab_size
+    whole = base.teacher.model["vocab_size"]
     for name, objective, top_k in (
         *((f"forward_kl_{k}", "forward_kl", k) for k in (1, 4, 8, whole)),
         ("reverse_kl_4", "reverse_kl", 4),
@@ -114,7 +114,7 @@ def _arms(base):
 def _sections(base):
     """The tables and figures, in the order of the page."""
     gap = ("sharp", "hot", "tau10", "sharp_tau10", "lr3", "long", "few")
-    whole = base.teacher.model.vocab_size
+    whole = base.teacher.model["vocab_size"]
     passes = base.opd.steps * base.opd.batch_size / base.precompute.prompts
     return [
         Section(

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lopd.data.batches import micro_batches
+from lopd.data.layout import Batch, Layout
 from lopd.machine import devices, processes
 from lopd.machine.sharding import on_mesh
 from lopd.models import decoder
@@ -49,21 +50,21 @@ def records() -> list[dict]:
     return random_records(DENSE, lengths, **dict.fromkeys(FIELDS))
 
 
-def batch(packed: bool, rows_per_micro: int) -> dict[str, np.ndarray]:
+def batch(packed: bool, rows_per_micro: int) -> Batch:
     """The same eight responses, packed into few rows or one in each row."""
-    pack = functools.partial(
-        micro_batches, rows_per_micro=rows_per_micro, reduction="sample_mean", token_fields=FIELDS
-    )
-    whole = pack(records(), row_length=ROW_LENGTH)
+    layout = Layout(ROW_LENGTH, rows_per_micro, "sample_mean", FIELDS)
     if packed:
-        return whole
-    singles = [pack([r], row_length=ROW_LENGTH) for r in records()]
-    names = whole.keys() - {"num_micro"}
-    rows = {name: np.concatenate([s[name][0, :1] for s in singles]) for name in names}
-    rows["weights"] = rows["weights"] / len(singles)  # each was a whole batch
-    rows["segment_ids"] *= 1 + np.arange(len(singles), dtype=np.int32)[:, None]
-    rows = {name: a.reshape(-1, rows_per_micro, a.shape[-1]) for name, a in rows.items()}
-    return {**rows, "num_micro": np.int32(len(rows["tokens"]))}
+        return micro_batches(records(), layout)
+    singles = [micro_batches([r], layout) for r in records()]
+    rows = jax.tree.map(lambda *xs: np.concatenate(xs), *(s.micro(0) for s in singles))
+    rows = jax.tree.map(lambda x: x[::rows_per_micro], rows)  # the one row of each that is used
+    numbers = 1 + np.arange(len(singles), dtype=np.int32)[:, None]
+    rows = rows.replace(
+        weights=rows.weights / len(singles),  # each was a whole batch
+        segment_ids=rows.segment_ids * numbers,
+    )
+    rows = jax.tree.map(lambda x: x.reshape(-1, rows_per_micro, x.shape[-1]), rows)
+    return Batch(**vars(rows), num_micro=np.int32(len(rows.tokens)))
 
 
 @functools.cache
@@ -107,9 +108,9 @@ def gradient_program(kind: str, mesh: Mesh, rows_per_micro: int = 8) -> jax.stag
     return lowered.compile({"xla_backend_optimization_level": 0})
 
 
-def _on_mesh(mesh: Mesh, arrays: dict) -> dict:
+def _on_mesh(mesh: Mesh, arrays: Batch) -> Batch:
     rows, whole = devices.rows_sharding(mesh, leading=1), devices.replicated(mesh)
-    return {name: jax.device_put(x, rows if np.ndim(x) else whole) for name, x in arrays.items()}
+    return jax.tree.map(lambda x: jax.device_put(x, rows if np.ndim(x) else whole), arrays)
 
 
 def gradients(kind: str, mesh: Mesh, packed: bool = True, rows_per_micro: int = 8) -> dict:

@@ -1,10 +1,12 @@
 """The cache: readable by TFDS alone, safe against crashes and damage."""
 
+import functools
 import random
 import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -23,6 +25,7 @@ from lopd.cache.fields import (
 )
 from lopd.cache.reader import Records, read_shard, verify, verify_records
 from lopd.data.batches import step_batches
+from lopd.data.layout import Layout
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 
@@ -93,8 +96,8 @@ def test_records_round_trip(tmp_path, way_of_reading):
 
 def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
     cache = make_cache(tmp_path)
-    options = dict(seed=1, batch_size=5, row_length=32, rows_per_micro=2, reduction="token_mean")
-    options["token_fields"] = ("teacher_logprobs", "ref_logprobs")
+    layout = Layout(32, 2, "token_mean", ("teacher_logprobs", "ref_logprobs"))
+    options = dict(layout=layout, seed=1, batch_size=5)
     read = []
     monkeypatch.setattr(reader, "check_record", lambda record, where: read.append(where))
     held = step_batches(Records(cache), **options)
@@ -107,8 +110,8 @@ def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
     one_by_one = step_batches(Records(cache), **options)
     assert len(read) == 12
     for step, expected in enumerate(from_memory):
-        for name, array in one_by_one[step].items():
-            np.testing.assert_array_equal(array, expected[name], strict=True)
+        same = functools.partial(np.testing.assert_array_equal, strict=True)
+        jax.tree.map(same, one_by_one[step], expected)
     assert len(read) == 12 + 6 * 5
 
 
@@ -314,7 +317,7 @@ def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
     table = pyarrow.parquet.read_table(file)
     finished = pyarrow.array([not x for x in table.column("finished").to_pylist()])
     changed = table.set_column(table.column_names.index("finished"), "finished", finished)
-    changed = changed.replace_schema_metadata(table.metadata)
+    changed = changed.replace_schema_metadata(table.schema.metadata)
     pyarrow.parquet.write_table(changed, file, row_group_size=5)
     with pytest.raises(UserError, match="row group 0: its content is not what it was"):
         parquet.from_parquet(file, tmp_path / "b")

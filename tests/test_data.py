@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import TIED, random_records
@@ -10,14 +11,17 @@ from conftest import TIED, random_records
 from lopd.config.settings import TaskSettings
 from lopd.data.batches import (
     micro_batches,
+    put_batch,
     record_length,
     record_lengths,
     repeated_shares,
     step_batches,
 )
-from lopd.data.packing import assign_rows, pack
+from lopd.data.layout import Batch, Layout, abstract_batch
+from lopd.data.packing import TokenField, assign_rows, pack
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
+from lopd.machine import devices
 from lopd.tasks import Problem, Verdict
 from lopd.tasks.addition import SPLITS, Addition
 from lopd.tasks.prompts import PromptTask
@@ -149,27 +153,28 @@ def test_batches_have_one_shape_and_hold_every_record_each_pass():
     records = [
         {"prompt_tokens": np.array([i]), "response_tokens": np.array([1, 2])} for i in range(10)
     ]
-    options = dict(batch_size=4, row_length=8, rows_per_micro=3, reduction="sample_mean")
-    dataset = step_batches(records, seed=7, **options)
+    layout = Layout(row_length=8, rows_per_micro=3, reduction="sample_mean")
+    dataset = step_batches(records, layout, seed=7, batch_size=4)
 
     def ids(step, ds=dataset):
         batch = ds[step]
-        assert batch["tokens"].shape == (2, 3, 8)
-        return sorted(batch["tokens"][batch["mask"] & (batch["positions"] == 0)].tolist())
+        assert batch.tokens.shape == (2, 3, 8)
+        return sorted(batch.tokens[batch.mask & (batch.positions == 0)].tolist())
 
     first_pass = [i for step in range(5) for i in ids(step)]  # two passes, one shared batch
     assert sorted(first_pass) == sorted([*range(10)] * 2)
-    again = step_batches(records, seed=7, **options)
+    again = step_batches(records, layout, seed=7, batch_size=4)
     assert [ids(s, again) for s in (3, 1)] == [ids(3), ids(1)]  # any order of reading
-    other = step_batches(records, seed=8, **options)
+    other = step_batches(records, layout, seed=8, batch_size=4)
     assert [ids(s) for s in range(3)] != [ids(s, other) for s in range(3)]
 
 
 def test_unused_micro_batches_are_padding():
     records = random_records(TIED, [(1, 1)] * 8)
-    batch = micro_batches(records, row_length=16, rows_per_micro=2, reduction="token_sum")
-    assert batch["tokens"].shape == (4, 2, 16) and batch["num_micro"] == 1
-    assert not batch["segment_ids"][1:].any() and batch["weights"].sum() == pytest.approx(1)
+    batch = micro_batches(records, Layout(16, 2, "token_sum"))
+    assert batch.tokens.shape == (4, 2, 16) and batch.num_micro == 1
+    assert batch.most_responses == 8 and batch.response_stats.shape == (4, 2, 6)
+    assert not batch.segment_ids[1:].any() and batch.weights.sum() == pytest.approx(1)
 
 
 def test_processes_read_only_their_rows_and_make_the_same_batch():
@@ -183,11 +188,9 @@ def test_processes_read_only_their_rows_and_make_the_same_batch():
             read.append(index)
             return list.__getitem__(self, index)
 
-    options = dict(
-        seed=3, batch_size=12, row_length=48, rows_per_micro=4, reduction="token_mean",
-        token_fields=("teacher_logprobs",),
-    )  # fmt: skip
-    whole = step_batches(records, **options)
+    layout = Layout(48, 4, "token_mean", ("teacher_logprobs",))
+    options = dict(seed=3, batch_size=12)
+    whole = step_batches(records, layout, **options)
     known = np.array([record_length(r) for r in records], np.int32)
     np.testing.assert_array_equal(record_lengths(records), known)
     for rows_of in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
@@ -195,27 +198,74 @@ def test_processes_read_only_their_rows_and_make_the_same_batch():
             parts = []
             read.clear()
             for rows in rows_of:
-                batches = step_batches(Source(records), **options)
-                layout = {**batches.layout, "rows": np.array(rows)}
-                part = dataclasses.replace(batches, lengths=known, layout=layout)
+                own = dataclasses.replace(layout, rows=tuple(rows))
+                batches = step_batches(Source(records), own, **options)
+                part = dataclasses.replace(batches, lengths=known)
                 parts.append((np.array(rows), part[step]))
             assert sorted(read) == sorted(whole.indices[step].tolist())  # each record once
-            for name, expected in whole[step].items():
-                for rows, part in parts:
-                    mine = expected if name == "num_micro" else expected[:, rows]
-                    np.testing.assert_array_equal(part[name], mine, err_msg=name)
+            for rows, part in parts:
+                mine = jax.tree.map(lambda x, rows=rows: x[:, rows], whole[step].stacked)
+                jax.tree.map(np.testing.assert_array_equal, part.stacked, mine)
+                assert part.num_micro == whole[step].num_micro
 
 
 def test_micro_batch_size_changes_no_row():
     records = random_records(TIED, np.random.default_rng(1).integers(1, 20, (24, 2)).tolist())
     rows = []
     for size in (2, 4, 8):
-        options = dict(seed=3, batch_size=8, row_length=48, reduction="token_mean")
-        batch = step_batches(records, rows_per_micro=size, **options)[2]
-        rows.append({k: v.reshape(8, *v.shape[2:]) for k, v in batch.items() if v.ndim})
+        batch = step_batches(records, Layout(48, size, "token_mean"), seed=3, batch_size=8)[2]
+        rows.append(jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), batch.stacked))
     for other in rows[1:]:
-        for name, expected in rows[0].items():
-            np.testing.assert_array_equal(other[name], expected)
+        jax.tree.map(np.testing.assert_array_equal, other, rows[0])
+
+
+FIELDS = ("teacher_logprobs", TokenField("ids", 3, np.int32))
+
+
+def field_records(count):
+    lengths = np.random.default_rng(1).integers(1, 20, (count, 2)).tolist()
+    records = random_records(TIED, lengths, teacher_logprobs=None)
+    for record in records:
+        record["ids"] = np.arange(4 * len(record["response_tokens"]), dtype=np.int32).reshape(-1, 4)
+    return records
+
+
+def test_a_batch_holds_what_losses_read_under_its_name_and_nothing_else():
+    batch = micro_batches(field_records(6), Layout(48, 2, "token_mean", FIELDS))
+    assert batch.fields.keys() == {"teacher_logprobs", "ids"}
+    assert batch.fields["ids"].shape == (3, 2, 48, 3)
+    assert (batch.fields["teacher_logprobs"][~batch.mask] == 0).all()
+    second = batch.micro(1)
+    assert not hasattr(second, "num_micro") and second.tokens.shape == (2, 48)
+    np.testing.assert_array_equal(second.fields["ids"], batch.fields["ids"][1])
+    np.testing.assert_array_equal(second.weights, batch.weights[1])
+    # A tree of arrays: it passes through jit as what it is.
+    traced = jax.jit(lambda b: b)(batch)
+    assert isinstance(traced, Batch)
+    jax.tree.map(np.testing.assert_array_equal, traced, batch)
+
+
+def test_the_abstract_batch_is_the_batch_without_its_numbers():
+    mesh = devices.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    layout = Layout(48, 4, "token_mean", FIELDS)
+    batch = put_batch(micro_batches(field_records(8), layout.on(mesh)), mesh, 4)
+    expected = abstract_batch(layout, 2, mesh)
+    assert jax.tree.structure(batch) == jax.tree.structure(expected)
+    for found, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):
+        assert (found.shape, found.dtype) == (shape.shape, shape.dtype)
+        if found.ndim:
+            assert found.sharding == shape.sharding
+
+
+def test_layouts_are_values():
+    """Equal ones are equal, also for a process's rows; what is not a layout's is refused."""
+    mesh = devices.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    layout = Layout(48, 4, "token_mean")
+    assert layout.own_rows == (0, 1, 2, 3) == layout.on(mesh).rows
+    assert layout.on(mesh) == layout.on(mesh) != layout == Layout(48, 4, "token_mean")
+    assert hash(layout) == hash(Layout(48, 4, "token_mean"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.row_length = 3
 
 
 def test_repeated_shares():

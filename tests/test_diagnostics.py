@@ -12,7 +12,7 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_run import CONFIG, batches, mesh_of
 
-from lopd.config import base_config
+from lopd.config.settings import MetricsSettings
 from lopd.data.batches import put_batch
 from lopd.hardware import peak_flops
 from lopd.machine import shutdown
@@ -238,8 +238,7 @@ def test_rows_go_to_wandb_and_a_continued_run_to_the_same_place(tmp_path, monkey
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    metrics, runs = base_config().metrics, []
-    metrics.update({"wandb": "a-project", "tensorboard": False})
+    metrics, runs = MetricsSettings(tensorboard=False, wandb="a-project"), []
     for resume_step in (0, 2, 0):  # begun, continued, and made anew in the same folder
         folder = tmp_path / str(len(runs))
         folder.mkdir()

@@ -272,7 +272,7 @@ def test_published_config_is_the_preset(name):
 def test_preset_has_the_published_number_of_parameters(name):
     shapes = jax.tree.leaves(decoder.abstract_params(PRESETS[name]))
     assert sum(x.size for x in shapes) == PARAMETERS[name]
-    untied = ("8B", "14B", "32B", "A3B", "7B", "7b-hf")
+    untied = ("-8B", "-14B", "-32B", "-A3B", "-7B", "-7b-hf")
     assert PRESETS[name].tie_word_embeddings != name.endswith(untied)
 
 

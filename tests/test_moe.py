@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from lopd.checkpoints import hugging_face
 from lopd.data.batches import micro_batches
+from lopd.data.layout import Layout
 from lopd.machine import devices
 from lopd.models import decoder, moe
 from lopd.models.shardings import check_divisible, param_shardings
@@ -146,7 +147,7 @@ def test_sft_loss_with_router_equals_transformers(params, reference):
         }
         for n in (18, 15, 11, 20)
     ]
-    batch = micro_batches(records, row_length=24, rows_per_micro=4, reduction="token_mean")
+    batch = micro_batches(records, Layout(24, 4, "token_mean"))
     coefficient = 0.3
     grads, metrics = jax.jit(
         lambda params, batch: batch_gradients(
@@ -154,15 +155,15 @@ def test_sft_loss_with_router_equals_transformers(params, reference):
         )
     )(params, batch)
 
-    micro = {name: torch.tensor(a[0]) for name, a in batch.items() if a.ndim}
-    mask = (micro["segment_ids"] > 0).long()
+    micro = jax.tree.map(torch.tensor, batch.micro(0))
+    mask = (micro.segment_ids > 0).long()
     reference.zero_grad()
-    out = reference(micro["tokens"].long(), attention_mask=mask, output_router_logits=True)
+    out = reference(micro.tokens.long(), attention_mask=mask, output_router_logits=True)
     aux = load_balancing_loss_func(
         out.router_logits, MOE.num_experts, MOE.num_experts_per_tok, mask
     )
-    logprobs = out.logits.log_softmax(-1).gather(-1, micro["targets"].long()[..., None])[..., 0]
-    loss = -(logprobs * micro["weights"]).sum()
+    logprobs = out.logits.log_softmax(-1).gather(-1, micro.targets.long()[..., None])[..., 0]
+    loss = -(logprobs * micro.weights).sum()
     (loss + coefficient * aux).backward()
     np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
     np.testing.assert_allclose(metrics["router_loss"], coefficient * aux.item(), rtol=1e-5)

@@ -1,5 +1,7 @@
 """The objective: the identity it rests on, and its independence of how a batch is laid out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 from conftest import random_records
 
-from lopd.config import base_config
+from lopd.config.objectives import LOSSES
+from lopd.config.settings import OpdSettings, Settings, changed
 from lopd.data.batches import micro_batches
+from lopd.data.layout import Layout, MicroBatch
 from lopd.data.packing import TokenField
 from lopd.data.selection import TokenSelection, token_weights
 from lopd.data.tokenizers import load_tokenizer
@@ -16,7 +20,13 @@ from lopd.errors import UserError
 from lopd.models.token_scores import score_logits
 from lopd.objectives.sampled import cross_entropy, huber, lightning_opd
 from lopd.objectives.token_weights import highest_entropy, train_highest_entropy
-from lopd.stages.objective import check_settings, make_objective, token_fields, token_selection
+from lopd.stages.objective import (
+    OBJECTIVES,
+    check_objective,
+    make_objective,
+    token_fields,
+    token_selection,
+)
 from lopd.training.step import batch_gradients
 
 LENGTHS = [(3, 9), (1, 4), (6, 20), (2, 1), (5, 13), (4, 8), (2, 30), (3, 3)]
@@ -30,10 +40,14 @@ def scores_of(logits, targets, at_ids=None):
     return score_logits(jnp.asarray(logits), jnp.asarray(targets), at_ids)
 
 
-def opd_recipe(**changes):
-    recipe = base_config().opd
-    recipe.update(changes)
-    return recipe
+def batch_with(**fields) -> MicroBatch:
+    """A micro-batch of which only what a loss reads by name matters."""
+    nothing = jnp.zeros(0)
+    return MicroBatch(*[nothing] * 7, fields=fields)
+
+
+def opd_recipe(**changes) -> OpdSettings:
+    return dataclasses.replace(OpdSettings(), **changes)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 10.0])
@@ -43,7 +57,7 @@ def test_huber_gradient_is_the_clipped_policy_gradient(tau):
     logits = rng.normal(size=(5, 7, 11)).astype(np.float32) * 2
     targets = rng.integers(0, 11, (5, 7))
     teacher = rng.uniform(-20, 0, (5, 7)).astype(np.float32)
-    batch = {"teacher_logprobs": jnp.asarray(teacher), "ref_logprobs": jnp.zeros((5, 7))}
+    batch = batch_with(teacher_logprobs=jnp.asarray(teacher), ref_logprobs=jnp.zeros((5, 7)))
 
     def loss(logits):
         return lightning_opd(tau)(scores_of(logits, targets), batch)[0].sum()
@@ -74,7 +88,7 @@ def test_label_smoothing_is_the_mixture_cross_entropy():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 9)).astype(np.float32)
     targets = rng.integers(0, 9, 4)
-    loss, _ = cross_entropy(0.1)(scores_of(logits, targets), {})
+    loss, _ = cross_entropy(0.1)(scores_of(logits, targets), batch_with())
     z = logits.astype(np.float64)
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
     mixture = 0.9 * np.eye(9)[targets] + 0.1 / 9
@@ -92,7 +106,7 @@ def test_token_weights():
 
 
 def gradients(config, params, records, objective=lightning_opd(1.0), fields=FIELDS, **layout):  # noqa: B008
-    batch = micro_batches(records, token_fields=fields, **layout)
+    batch = micro_batches(records, Layout(token_fields=fields, **layout))
     step = jax.jit(lambda params, batch: batch_gradients(config, objective, params, batch))
     return step(params, batch)
 
@@ -104,12 +118,12 @@ def divergence_problem(vocab=11, k=11, seed=0):
     teacher = torch.log_softmax(torch.tensor(rng.normal(size=(3, 4, vocab)) * 2), -1).numpy()
     ids = np.argsort(-teacher, axis=-1)[..., :k].astype(np.int32)
     zeros = jnp.zeros((3, 4))
-    batch = {
-        "teacher_logprobs": zeros,
-        "ref_logprobs": zeros,
-        "teacher_topk_ids": jnp.asarray(ids),
-        "teacher_topk_logprobs": jnp.asarray(np.take_along_axis(teacher, ids, -1), jnp.float32),
-    }
+    batch = batch_with(
+        teacher_logprobs=zeros,
+        ref_logprobs=zeros,
+        teacher_topk_ids=jnp.asarray(ids),
+        teacher_topk_logprobs=jnp.asarray(np.take_along_axis(teacher, ids, -1), jnp.float32),
+    )
     return logits, teacher, batch
 
 
@@ -118,7 +132,7 @@ def divergence_and_gradient(name, logits, batch):
     objective, targets = make_objective(opd_recipe(objective=name)), np.zeros(logits.shape[:2], int)
 
     def values(logits):
-        return objective(scores_of(logits, targets, batch["teacher_topk_ids"]), batch)[0]
+        return objective(scores_of(logits, targets, batch.fields["teacher_topk_ids"]), batch)[0]
 
     return values(logits), jax.grad(lambda x: values(x).sum())(jnp.asarray(logits))
 
@@ -172,8 +186,10 @@ def test_the_known_wrong_reverse_kl_differs():
     _, teacher, batch = divergence_problem(k=4)
 
     def wrong(logits):
-        student = scores_of(logits, np.zeros((3, 4), int), batch["teacher_topk_ids"]).logprobs_at
-        return jnp.sum(jnp.exp(student) * (student - batch["teacher_topk_logprobs"]))
+        student = scores_of(
+            logits, np.zeros((3, 4), int), batch.fields["teacher_topk_ids"]
+        ).logprobs_at
+        return jnp.sum(jnp.exp(student) * (student - batch.fields["teacher_topk_logprobs"]))
 
     assert jnp.abs(jax.grad(wrong)(teacher.astype(np.float32))).max() > 0.01
 
@@ -183,10 +199,10 @@ def test_divergence_is_finite_where_a_tail_vanishes(name):
     """Also on padding, whose fields are all zero."""
     logits, _, batch = divergence_problem(k=3)
     sure = np.full_like(logits, -40.0)
-    np.put_along_axis(sure, np.asarray(batch["teacher_topk_ids"])[..., :1], 40.0, axis=-1)
+    np.put_along_axis(sure, np.asarray(batch.fields["teacher_topk_ids"])[..., :1], 40.0, axis=-1)
     value, gradient = divergence_and_gradient(name, sure, batch)
     assert np.isfinite(value).all() and np.isfinite(gradient).all() and (value > 0.1).any()
-    empty = {key: jnp.zeros_like(x) for key, x in batch.items()}
+    empty = jax.tree.map(jnp.zeros_like, batch)
     value, gradient = divergence_and_gradient(name, logits, empty)
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
 
@@ -194,8 +210,8 @@ def test_divergence_is_finite_where_a_tail_vanishes(name):
 def sampled_problem(vocab=11):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(5, 7, vocab)).astype(np.float32) * 2
-    batch = {name: jnp.asarray(rng.uniform(-6, 0, (5, 7)), jnp.float32) for name in FIELDS}
-    return logits, rng.integers(0, vocab, (5, 7)), batch
+    fields = {name: jnp.asarray(rng.uniform(-6, 0, (5, 7)), jnp.float32) for name in FIELDS}
+    return logits, rng.integers(0, vocab, (5, 7)), batch_with(**fields)
 
 
 def test_extrapolation_shifts_the_advantage():
@@ -208,7 +224,7 @@ def test_extrapolation_shifts_the_advantage():
     found = jax.grad(lambda x: loss(x, extrapolation=1.25).sum())(logits)
     p = torch.softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
     chosen = np.eye(11)[targets]
-    teacher, ref = (np.asarray(batch[name], np.float64) for name in FIELDS)
+    teacher, ref = (np.asarray(batch.fields[name], np.float64) for name in FIELDS)
     shifted = teacher - np.log((p * chosen).sum(-1)) + 0.25 * (teacher - ref)
     expected = -np.clip(shifted, -2, 2)[..., None] * (chosen - p)
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
@@ -234,8 +250,10 @@ def test_importance_weights_on_exact_distributions():
     theta, ref, teacher = rng.normal(size=(3, V)) * 1.5
     log_softmax = lambda z: z - np.log(np.exp(z).sum())  # noqa: E731
     ref, teacher, p = log_softmax(ref), log_softmax(teacher), np.exp(log_softmax(theta))
-    batch = {"teacher_logprobs": jnp.asarray(teacher[None], jnp.float32),
-             "ref_logprobs": jnp.asarray(ref[None], jnp.float32)}  # fmt: skip
+    batch = batch_with(
+        teacher_logprobs=jnp.asarray(teacher[None], jnp.float32),
+        ref_logprobs=jnp.asarray(ref[None], jnp.float32),
+    )
 
     def expected_loss(theta, cap):
         objective = make_objective(opd_recipe(importance_cap=cap))
@@ -279,13 +297,14 @@ def test_highest_entropy_equals_sorting_each_response(config):
     for record in records:
         record["entropy"] = rng.integers(0, 6, len(record["response_tokens"])) / 4  # with ties
     layout = dict(reduction="sample_mean", rows_per_micro=4, row_length=64, selection=selection)
-    batch = micro_batches(records, token_fields=("entropy",), **layout)
+    batch = micro_batches(records, Layout(token_fields=("entropy",), **layout))
     chosen = {}
-    for m in range(int(batch["num_micro"])):
-        micro = {name: jnp.asarray(batch[name][m]) for name in ("mask", "weights", "segment_ids")}
-        keep = highest_entropy(jnp.asarray(batch["entropy"][m]), micro, selection.entropy_fraction)
+    for m in range(int(batch.num_micro)):
+        micro = batch.micro(m)
+        entropy = jnp.asarray(micro.fields["entropy"])
+        keep = highest_entropy(entropy, micro, selection.entropy_fraction)
         for i in range(len(records)):
-            where = (batch["segment_ids"][m] == i + 1) & batch["mask"][m]
+            where = (micro.segment_ids == i + 1) & micro.mask
             if where.any():
                 chosen[i] = np.asarray(keep)[where]
     for i, record in enumerate(records):
@@ -339,20 +358,37 @@ def test_selected_loss_does_not_depend_on_packing(config, params):
     [
         ({"objective": "kl"}, "objective='kl' must be one of log_ratio, forward_kl"),
         ({"objective": "reverse_kl", "extrapolation": 1.25}, "extrapolation=1.25 must be 1"),
-        ({"objective": "reverse_kl", "residual_folds": 5}, "residual_folds=5 must be 0"),
-        ({"residual_folds": 1}, "residual_folds=1 must be 0"),
+        ({"objective": "reverse_kl", "residual_folds": 5}, "residual_folds=5 must be None"),
+        ({"objective": "forward_kl", "importance_cap": 2.0}, "importance_cap=2.0 must be None"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_objective(opd_recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"residual_folds": 1}, "residual_folds=1 must be at least 2"),
         ({"fixed_advantage": 0.1}, "must be negative"),
-        ({"position_fraction": 0.0}, "position_fraction=0.0 must lie in"),
-        ({"entropy_fraction": 1.5}, "entropy_fraction=1.5 must lie in"),
-        ({"importance_cap": -1.0}, "importance_cap=-1.0 must not be negative"),
-        ({"objective": "forward_kl", "importance_cap": 2.0}, "importance_cap=2.0 must be 0"),
+        ({"position_fraction": 0.0}, r"position_fraction=0.0 must lie in \(0, 1\]"),
+        ({"entropy_fraction": 1.5}, r"entropy_fraction=1.5 must lie in \(0, 1\]"),
+        ({"importance_cap": -1.0}, "importance_cap=-1.0 must be positive, or None"),
         ({"masked_tokens": (1.5,)}, "masked_tokens"),
         ({"tau": 0.0}, "tau=0.0 must be positive"),
     ],
 )
 def test_bad_settings_are_one_clear_line(changes, message):
     with pytest.raises(UserError, match=message):
-        check_settings(opd_recipe(**changes))
+        changed(Settings(), {f"opd.{key}": value for key, value in changes.items()})
+
+
+def test_every_objective_has_its_name_and_unit():
+    assert {*LOSSES} == {*OBJECTIVES}
+    for name, (title, unit) in LOSSES.items():
+        make_objective(opd_recipe(objective=name))
+        assert title and unit == ("nats²" if name == "log_ratio" else "nats")
 
 
 def test_missing_top_k_and_unknown_tokens_are_one_clear_line():

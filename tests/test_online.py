@@ -103,10 +103,10 @@ def test_first_gradient_is_the_offline_one(batches):
     rows = training.batch_rows(
         opened, opened.settings.opd, **batch_contents(opened.settings.opd, opened.tokenizer, 0, "")
     )
-    offline = step_batches(cache, seed=0, batch_size=len(cache), **rows)
+    offline = step_batches(cache, rows, seed=0, batch_size=len(cache))
     step = offline.indices[0]
     assert sorted(step) == [*range(8)] and list(step) != sorted(step)  # shuffled: put it back
-    offline = micro_batches(offline.source, **offline.layout)
+    offline = micro_batches(offline.source, offline.layout)
     gradient = jax.jit(lambda p, b: batch_gradients(model, objective, p, b))
     found = [gradient(params, put_batch(b, opened.mesh, 8)) for b in (local, offline)]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):

@@ -64,13 +64,14 @@ def test_same_logprobs_on_every_mesh(shape, kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_same_loss_and_gradients_in_smaller_micro_batches(kind):
-    assert batch(packed=False, rows_per_micro=4)["num_micro"] == 2
+    assert batch(packed=False, rows_per_micro=4).num_micro == 2
     assert_same(gradients(kind, mesh_of(2, 2, 2), packed=False, rows_per_micro=4), kind)
 
 
 def test_router_loss_is_that_of_all_tokens():
     """The load-balancing loss of a mesh is that of one device over all rows."""
-    rows = [batch(True, 8)[name][0] for name in ("tokens", "positions", "segment_ids")]
+    micro = batch(True, 8).micro(0)
+    rows = [micro.tokens, micro.positions, micro.segment_ids]
     found = []
     for mesh in (mesh_of(1, 1, 1), mesh_of(2, 2, 2)):
 

@@ -14,6 +14,7 @@ import scipy.stats
 import small_study
 
 from lopd.artefacts.artefact import Artefact
+from lopd.config import read_settings
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
 from lopd.study import Arm, run, table
@@ -25,7 +26,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def study():
-    return small_study.get_study(small_study.get_config())
+    return small_study.get_study(read_settings(small_study.get_config()))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
     ("arm", "said"),
     [
         (Arm("x", {"opd.tua": 1}), "arm 'x': there is no setting opd.tua"),
-        (Arm("x", {"opd.tau": "one"}), "arm 'x': opd.tau='one' cannot be set"),
+        (Arm("x", {"opd.tau": "one"}), "arm 'x': opd.tau='one' must be of type float"),
         (Arm("x", {"opd.tau": -1.0}), "arm 'x': opd.tau=-1.0 must be positive"),
         (Arm("x", {"sft.steps": 1}), "arm 'x': sft.steps is settled before the arms part"),
         (Arm("x", teacher="c"), "no teacher is called 'c'; there are plain, b"),

@@ -29,12 +29,13 @@ from lopd.cache import reader, writer
 from lopd.cache.fields import SCORED_FIELDS
 from lopd.cache.reader import Records
 from lopd.checkpoints import orbax
-from lopd.config import training_recipe
+from lopd.config.settings import TrainingRecipe
 from lopd.errors import UserError
-from lopd.machine import processes, progress, shutdown, storage
+from lopd.machine import processes, shutdown, storage
 from lopd.models.shardings import abstract_params_on, param_shardings
 from lopd.objectives.sampled import cross_entropy, lightning_opd
 from lopd.report import write_report
+from lopd.training import metrics_files
 from lopd.training.state import (
     abstract_state,
     create_state,
@@ -47,14 +48,14 @@ from lopd.training.step import make_train_step
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def sharded(params, mesh):
-    return jax.device_put(params, param_shardings(CONFIG, mesh))
+def sharded(params, mesh, config=CONFIG):
+    return jax.device_put(params, param_shardings(config, mesh))
 
 
 def test_moments_lie_where_their_parameter_lies():
     mesh = mesh_of(2, 2, 2)
     params = sharded(random_params(CONFIG, 0), mesh)
-    state = create_state(CONFIG, make_optimizer(training_recipe()), params, mesh)
+    state = create_state(make_optimizer(TrainingRecipe()), params, mesh)
     for moment in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
         jax.tree.map(lambda m, p: np.testing.assert_equal(m.sharding, p.sharding), moment, params)
 
@@ -133,7 +134,9 @@ def test_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, capsys, damag
 
 
 def abstract():
-    return abstract_state(CONFIG, make_optimizer(training_recipe()), mesh_of(1, 1, 1))
+    mesh = mesh_of(1, 1, 1)
+    params = sharded(random_params(CONFIG, 0), mesh)
+    return abstract_state(make_optimizer(TrainingRecipe()), params, mesh)
 
 
 def restore(path):
@@ -235,8 +238,8 @@ def test_errors_that_are_no_damage(whole, tmp_path, monkeypatch, capsys, error):
 
 def test_other_bits_in_a_sound_file_are_damage(tmp_path):
     """A checkpoint that reads well but is not what was saved: the fingerprints' work."""
-    mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(training_recipe())
-    state = create_state(CONFIG, optimizer, random_params(CONFIG, 0), mesh)
+    mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(TrainingRecipe())
+    state = create_state(optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
     with orbax.open_manager(epath.Path(tmp_path)) as manager:
         orbax.save_state(manager, 1, state, {"opd": {"tau": 1}})
         manager.wait_until_finished()
@@ -279,14 +282,14 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
 
 def test_a_stop_stays_a_stop_when_metrics_cannot_be_closed(tmp_path, monkeypatch, capsys):
     """A bucket that is away at the end; the other files are closed, the state is saved."""
-    closed, close = [], progress.MetricsFile.close
+    closed, close = [], metrics_files.MetricsFile.close
 
     def failing(file):
         close(file)
         closed.append(file)
         raise OSError("the bucket is away")
 
-    monkeypatch.setattr(progress.MetricsFile, "close", failing)
+    monkeypatch.setattr(metrics_files.MetricsFile, "close", failing)
     with monkeypatch.context() as patch, pytest.raises(shutdown.Stopped):
         patch.setattr(processes.StopVote, "agreed", lambda self: True)
         run_training(tmp_path)
@@ -442,7 +445,7 @@ def test_nan_in_a_gradient_stops_with_its_id(tmp_path, monkeypatch):
         def loss(scores, batch):
             values, diagnostics = lightning_opd(tau)(scores, batch)
             zero = scores.logprobs - jax.lax.stop_gradient(scores.logprobs)
-            marked = batch["teacher_logprobs"] == -1.5
+            marked = batch.fields["teacher_logprobs"] == -1.5
             return values + jnp.where(
                 marked, jnp.sqrt(jnp.where(marked, zero, 1.0)), 0
             ), diagnostics
@@ -486,11 +489,11 @@ def test_saved_weights_come_back_on_another_mesh(tmp_path):
 
 
 def test_schedules():
-    constant = learning_rate_schedule(training_recipe(learning_rate=1.0, steps=10, warmup_steps=4))
+    constant = learning_rate_schedule(TrainingRecipe(learning_rate=1.0, steps=10, warmup_steps=4))
     np.testing.assert_allclose([constant(i) for i in range(6)], [0.25, 0.5, 0.75, 1, 1, 1])
-    assert learning_rate_schedule(training_recipe(learning_rate=1.0))(0) == 1.0
+    assert learning_rate_schedule(TrainingRecipe(learning_rate=1.0))(0) == 1.0
     cosine = learning_rate_schedule(
-        training_recipe(learning_rate=1.0, steps=10, warmup_steps=0, schedule="cosine")
+        TrainingRecipe(learning_rate=1.0, steps=10, warmup_steps=0, schedule="cosine")
     )
     np.testing.assert_allclose([cosine(0), cosine(5), cosine(10)], [1, 0.5, 0], atol=1e-6)
 
@@ -498,9 +501,9 @@ def test_schedules():
 def test_decay_spares_norms_and_embeddings():
     """With no gradient only decay moves weights: matrices shrink, the others stay."""
     mesh = mesh_of(1, 1, 1)
-    optimizer = make_optimizer(training_recipe(learning_rate=0.1, weight_decay=0.5))
-    params = random_params(CONFIG, 0)
-    state = create_state(CONFIG, optimizer, params, mesh)
+    optimizer = make_optimizer(TrainingRecipe(learning_rate=0.1, weight_decay=0.5))
+    params = sharded(random_params(CONFIG, 0), mesh)
+    state = create_state(optimizer, params, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, state.opt_state, params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
@@ -514,9 +517,9 @@ def test_memory_options_shard_save_and_learn(tmp_path, changes):
     """On a mesh moments lie beside their parameters; a killed run ends as the whole one."""
     mesh = mesh_of(1, 2, 2)
     wide = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-    recipe = training_recipe(steps=4, learning_rate=3e-3, **changes)
+    recipe = TrainingRecipe(steps=4, learning_rate=3e-3, **changes)
     optimizer = make_optimizer(recipe)
-    state = create_state(wide, optimizer, random_params(wide, 0), mesh)
+    state = create_state(optimizer, sharded(random_params(wide, 0), mesh, wide), mesh)
     size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     weights = sum(x.nbytes for x in jax.tree.leaves(state.params))
     if "optimizer" in changes:
@@ -543,11 +546,12 @@ def test_training_fits_the_teacher(tmp_path):
     """A few steps of cross-entropy on one batch lower its loss: the loop learns at all."""
     mesh = mesh_of(1, 1, 1)
     data = batches(source=training_run.records(8))
-    optimizer = make_optimizer(training_recipe(learning_rate=3e-3))
-    step = make_train_step(CONFIG, optimizer, cross_entropy(), mesh)
-    state = create_state(CONFIG, optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
+    optimizer = make_optimizer(TrainingRecipe(learning_rate=3e-3))
+    params = sharded(random_params(CONFIG, 0), mesh)
+    step = make_train_step(CONFIG, optimizer, cross_entropy(), params, mesh)
+    state = create_state(optimizer, params, mesh)
     losses = []
     for _ in range(15):
-        state, metrics = step(state, data[0])
+        state, metrics = step(state, {}, data[0])
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]

@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
-from lopd.config import base_config, training_recipe
+from lopd.config.settings import MetricsSettings, RuntimeSettings, TrainingRecipe
 from lopd.data.batches import StepBatches, step_batches
+from lopd.data.layout import Layout
 from lopd.machine import devices, shutdown
 from lopd.models.shardings import param_shardings
 from lopd.objectives.sampled import cross_entropy, lightning_opd
@@ -29,6 +30,7 @@ FIELDS = ("teacher_logprobs", "ref_logprobs")
 CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh of the tests
 TIMES = ("seconds", "tokens_per_second", "data_wait")
 STEPS, CHECKPOINT_EVERY = 24, 4
+LAYOUT = dict(row_length=48, rows_per_micro=8, reduction="sample_mean", token_fields=FIELDS)
 
 
 def records(count=24, seed=0) -> list[dict]:
@@ -61,9 +63,11 @@ def noted(data: StepBatches) -> NotedBatches:
 
 
 def batches(mesh=None, source=None, **changes) -> StepBatches:
-    options = dict(seed=1, batch_size=8, row_length=48, rows_per_micro=8, reduction="sample_mean")
+    """Batches of the toy, by default of one process; `changes` are of the layout."""
+    layout = Layout(**{**LAYOUT, **changes})
+    layout = layout if mesh is None else layout.on(mesh)
     source = records() if source is None else source
-    return step_batches(source, token_fields=FIELDS, mesh=mesh, **(options | changes))
+    return step_batches(source, layout, seed=1, batch_size=8)
 
 
 def mesh_of(data, fsdp, tensor):
@@ -79,11 +83,15 @@ def run(
     steps=STEPS,
     data=None,
     params=None,
+    frozen=(),
     recipe=(),
     tensorboard=False,
     **runtime,
 ):
     """Trains, and returns the parameters' fingerprint and the rows without times.
+
+    `frozen` are the names of top-level parameters that are not trained; the fingerprint is that of
+    the others.
 
     The objectives are "opd", "plain" (the same without its drift panel) and "sft".
     """
@@ -92,9 +100,6 @@ def run(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("begun")
     artefact = Artefact(path)
-    settings = base_config()
-    settings.runtime.update({"checkpoint_every": CHECKPOINT_EVERY, "drift_every": 7, **runtime})
-    settings.metrics.tensorboard = tensorboard
     data = batches(mesh) if data is None else data
     loss = cross_entropy() if objective == "sft" else lightning_opd(1.0)
     drift = None
@@ -102,16 +107,18 @@ def run(
         heldout = records(8, seed=5)  # as many as a batch, so that one program serves both
         drift = make_drift(CONFIG, loss, mesh, every=7, heldout=heldout, layout=data.layout)
     params = random_params(CONFIG, 0) if params is None else params
+    params = jax.device_put(params, param_shardings(CONFIG, mesh))
     params = train(
         artefact,
         CONFIG,
-        jax.device_put(params, param_shardings(CONFIG, mesh)),
+        {name: x for name, x in params.items() if name not in frozen},
         data,
         loss,
-        training_recipe(**{"steps": steps, "learning_rate": 1e-3, **dict(recipe)}),
+        TrainingRecipe(**{"steps": steps, "learning_rate": 1e-3, **dict(recipe)}),
+        frozen={name: params[name] for name in frozen},
         mesh=mesh,
-        runtime=settings.runtime,
-        metrics=settings.metrics,
+        runtime=RuntimeSettings(**{"checkpoint_every": CHECKPOINT_EVERY, **runtime}),
+        metrics=MetricsSettings(tensorboard=tensorboard),
         drift=drift,
     )
     return params_fingerprint(params), *rows_of(path)

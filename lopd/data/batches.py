@@ -12,28 +12,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lopd.data.packing import Arrays, TokenField, assign_rows, fill_rows
+from lopd.data.layout import RESPONSE_STATS, Batch, Layout
+from lopd.data.packing import assign_rows, fill_rows
 from lopd.data.selection import ALL_TOKENS, TokenSelection, token_weights
 from lopd.machine.devices import rows_sharding
 
-RESPONSE_STATS = (
-    "responses",
-    "positions",
-    "positions_squared",
-    "response_length",
-    "truncated",
-    "repetition",
-)
-"""Columns of `response_stats`: sums over the responses of a packed row.
-
-`positions` are the row positions that a response takes with its prompt; `repetition` is of
-`repeated_shares`.
-"""
-
 _AHEAD = 3
 """Batches prepared before they are asked for."""
-_WHOLE = ("num_micro",)
-"""Entries of a batch that every device holds; all others are split by rows."""
 
 
 def repeated_shares(responses: Sequence[np.ndarray]) -> list[float]:
@@ -60,33 +45,24 @@ def _stats(records: Sequence[dict], lengths: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _micro_batches(
-    lengths: np.ndarray,
-    read: Callable[[int], dict],
-    *,
-    row_length: int,
-    rows_per_micro: int,
-    reduction: str,
-    token_fields: Sequence[str | TokenField],
-    selection: TokenSelection,
-    rows: np.ndarray,
-) -> Arrays:
-    """`micro_batches` from `record_length`s [B, 3], reading only what `rows` hold."""
-    weights = token_weights(lengths[:, 2], reduction)
-    places = assign_rows((lengths[:, :2].sum(axis=1) - 1).tolist(), row_length)
+def _micro_batches(lengths: np.ndarray, read: Callable[[int], dict], layout: Layout) -> Batch:
+    """`micro_batches` from `record_length`s [B, 3], reading only what this process's rows hold."""
+    weights = token_weights(lengths[:, 2], layout.reduction)
+    places = assign_rows((lengths[:, :2].sum(axis=1) - 1).tolist(), layout.row_length)
     used = max(row for row, _ in places) + 1
-    micros = -(-len(lengths) // rows_per_micro)
-    # Row r of the batch is row r % rows_per_micro of micro-batch r // rows_per_micro.
-    local = {int(row): i for i, row in enumerate(rows)}
+    size, rows = layout.rows_per_micro, layout.own_rows
+    micros = -(-len(lengths) // size)
+    # Row r of the batch is row r % size of micro-batch r // size.
+    local = {row: i for i, row in enumerate(rows)}
     own, own_places = [], []
     for i, (row, offset) in enumerate(places):
-        micro, row = divmod(row, rows_per_micro)
+        micro, row = divmod(row, size)
         if row in local:
             own.append(i)
             own_places.append((micro * len(rows) + local[row], offset))
     records = [read(i) for i in own]
     records = [
-        {**record, "weights": weights[i] * selection.mask(record["response_tokens"])}
+        {**record, "weights": weights[i] * layout.selection.mask(record["response_tokens"])}
         for i, record in zip(own, records, strict=True)
     ]
     arrays, _ = fill_rows(
@@ -94,8 +70,8 @@ def _micro_batches(
         [i + 1 for i in own],
         own_places,
         micros * len(rows),
-        row_length,
-        (*token_fields, "weights"),
+        layout.row_length,
+        (*layout.token_fields, "weights"),
     )
     stats = np.zeros((micros * len(rows), len(RESPONSE_STATS)), np.float32)
     if records:
@@ -104,7 +80,9 @@ def _micro_batches(
         name: a.reshape(micros, len(rows), *a.shape[1:])
         for name, a in {**arrays, "response_stats": stats}.items()
     }
-    return {**arrays, "num_micro": np.int32(-(-used // rows_per_micro))}
+    names = [field if isinstance(field, str) else field.name for field in layout.token_fields]
+    fields = {name: arrays.pop(name) for name in names}
+    return Batch(**arrays, fields=fields, num_micro=np.int32(-(-used // size)))
 
 
 def record_length(record: dict, selection: TokenSelection = ALL_TOKENS) -> tuple[int, int, int]:
@@ -113,45 +91,17 @@ def record_length(record: dict, selection: TokenSelection = ALL_TOKENS) -> tuple
     return len(record["prompt_tokens"]), len(response), selection.count(response)
 
 
-def micro_batches(
-    records: Sequence[dict],
-    *,
-    row_length: int,
-    rows_per_micro: int,
-    reduction: str,
-    token_fields: Sequence[str | TokenField] = (),
-    selection: TokenSelection = ALL_TOKENS,
-    rows: np.ndarray | None = None,
-) -> Arrays:
-    """One global batch as packed micro-batches [M, rows_per_micro, row_length].
+def micro_batches(records: Sequence[dict], layout: Layout) -> Batch:
+    """One global batch as packed micro-batches [M, rows_per_micro, row_length], in NumPy.
 
     M is fixed by the number of records (each might need a row of its own), so that every batch
     has one shape; `num_micro` says how many micro-batches hold anything, and the training step
-    stops there. `weights` carries the loss reduction over the whole batch, 0 where `selection`
-    leaves a token out; `mask` is of all response tokens. Record i has segment id i + 1.
-    `response_stats` [M, rows_per_micro, len(RESPONSE_STATS)] are sums over each row.
-
-    Args:
-      token_fields: as in `lopd.data.packing.pack`.
-      selection: which tokens are trained on.
-      rows: which rows of each micro-batch to make; all by default.
+    stops there. `weights` carries the loss reduction over the whole batch, 0 where the layout's
+    selection leaves a token out; `mask` is of all response tokens. Record i has segment id i + 1.
+    With `layout.rows` the arrays hold only these rows of each micro-batch.
     """
-    return _micro_batches(
-        np.array([record_length(r, selection) for r in records]),
-        records.__getitem__,
-        row_length=row_length,
-        rows_per_micro=rows_per_micro,
-        reduction=reduction,
-        token_fields=token_fields,
-        selection=selection,
-        rows=np.arange(rows_per_micro) if rows is None else rows,
-    )
-
-
-def process_rows(mesh: Mesh, rows_per_micro: int) -> np.ndarray:
-    """The rows of a micro-batch that this process's devices hold, ascending."""
-    held = rows_sharding(mesh).addressable_devices_indices_map((rows_per_micro,))
-    return np.unique(np.concatenate([np.arange(rows_per_micro)[i] for i in held.values()]))
+    lengths = np.array([record_length(r, layout.selection) for r in records])
+    return _micro_batches(lengths, records.__getitem__, layout)
 
 
 def record_lengths(source: Sequence[dict], selection: TokenSelection = ALL_TOKENS) -> np.ndarray:
@@ -176,20 +126,19 @@ class StepBatches:
     """Item n: the indices in `source` of the records of step n, int [batch_size]."""
     lengths: np.ndarray | None
     """`record_lengths`, or None where every record of a batch is read anyway."""
-    layout: dict
-    """Keyword arguments of `micro_batches`."""
+    layout: Layout
     reads_params = False
     """See `lopd.training.loop.Batches`."""
 
-    def __getitem__(self, step: int) -> Arrays:
+    def __getitem__(self, step: int) -> Batch:
         indices = self.indices[step]
         if self.lengths is None:
-            return micro_batches([self.source[int(i)] for i in indices], **self.layout)
+            return micro_batches([self.source[int(i)] for i in indices], self.layout)
         lengths = self.lengths[indices]
-        return _micro_batches(lengths, lambda i: self.source[int(indices[i])], **self.layout)
+        return _micro_batches(lengths, lambda i: self.source[int(indices[i])], self.layout)
 
     def iterate(
-        self, start: int, stop: int, put: Callable[[Arrays], Any] = lambda batch: batch
+        self, start: int, stop: int, put: Callable[[Batch], Any] = lambda batch: batch
     ) -> Iterator[Any]:
         """The batches of steps start … stop − 1, made and `put` ahead in a thread of their own."""
         # grain's to_iter_dataset takes 25 ms per batch for this, and seconds to start.
@@ -206,7 +155,7 @@ class StepBatches:
             pool.shutdown(cancel_futures=True)
 
     def reader(
-        self, start: int, stop: int, put: Callable[[Arrays], Any]
+        self, start: int, stop: int, put: Callable[[Batch], Any]
     ) -> Callable[[int, Any], tuple[Any, dict]]:
         """What the training loop calls with each of the steps start … stop − 1 and its parameters.
 
@@ -230,7 +179,7 @@ class StepBatches:
           chosen: indices into the present source, ascending.
         """
         indices = self.indices.map(lambda batch: np.searchsorted(chosen, batch))
-        lengths = _lengths(source, self.layout["selection"])
+        lengths = _lengths(source, self.layout.selection)
         return dataclasses.replace(self, source=source, indices=indices, lengths=lengths)
 
 
@@ -250,58 +199,30 @@ def step_indices(size: int, seed: int, batch_size: int) -> grain.MapDataset:
     return indices.batch(batch_size, batch_fn=np.array)
 
 
-def make_layout(
-    *,
-    row_length: int,
-    rows_per_micro: int,
-    reduction: str,
-    token_fields: Sequence[str | TokenField] = (),
-    selection: TokenSelection = ALL_TOKENS,
-    mesh: Mesh | None = None,
-) -> dict:
-    """Keyword arguments of `micro_batches` for this process's rows of a mesh; all rows without."""
-    rows = np.arange(rows_per_micro) if mesh is None else process_rows(mesh, rows_per_micro)
-    return dict(
-        row_length=row_length,
-        rows_per_micro=rows_per_micro,
-        reduction=reduction,
-        token_fields=tuple(token_fields),
-        selection=selection,
-        rows=rows,
-    )
-
-
 def step_batches(
-    source: Sequence[dict],
-    *,
-    seed: int,
-    batch_size: int,
-    **layout,
+    source: Sequence[dict], layout: Layout, *, seed: int, batch_size: int
 ) -> StepBatches:
     """Batches whose item n is what step n trains on, packed by `micro_batches`.
 
     `step_indices` says which records a step sees. Neither the number of processes nor
     `rows_per_micro` changes that, nor which row of the batch a record is in. With several processes
     each reads the lengths of all records once, and then only the records of its rows.
-    A record longer than a row is an error of `assign_rows`; `lopd.config.checks` rules it out
-    before.
+    A record longer than a row is an error of `assign_rows`; the checks before a run rule it out.
 
     Args:
-      layout: of the rows, as `make_layout`'s.
+      layout: of the rows that this process makes (`Layout.on`).
     """
     indices = step_indices(len(source), seed, batch_size)
-    layout = make_layout(**layout)
-    return StepBatches(source, indices, _lengths(source, layout["selection"]), layout)
+    return StepBatches(source, indices, _lengths(source, layout.selection), layout)
 
 
-def put_batch(batch: Arrays, mesh: Mesh, rows_per_micro: int) -> dict[str, jax.Array]:
+def put_batch(batch: Batch, mesh: Mesh, rows_per_micro: int) -> Batch:
     """This process's part of a batch as global arrays, rows split over the mesh."""
     rows = rows_sharding(mesh, leading=1)
-    arrays = {}
-    for name, x in batch.items():
-        if name in _WHOLE:
-            arrays[name] = x  # jit replicates a host scalar
-        else:
-            shape = (x.shape[0], rows_per_micro, *x.shape[2:])
-            arrays[name] = jax.make_array_from_process_local_data(rows, x, shape)
-    return arrays
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (x.shape[0], rows_per_micro, *x.shape[2:])
+        return jax.make_array_from_process_local_data(rows, x, shape)
+
+    # num_micro stays on the host: jit replicates it.
+    return batch.replace(**vars(jax.tree.map(put, batch.stacked)))

@@ -10,8 +10,9 @@ the student's probabilities then sum to less than 1, and the gradient of Σ p lo
 import jax
 import jax.numpy as jnp
 
+from lopd.data.layout import MicroBatch
 from lopd.models.token_scores import TokenScores
-from lopd.objectives.sampled import Batch, Loss
+from lopd.objectives.sampled import Loss
 
 EMPTY_TAIL = 1e-6
 """A tail of less probability counts as this much and has no gradient: float32 cannot tell it from
@@ -71,8 +72,8 @@ def top_k_divergence(name: str) -> Loss:
     student's `logprobs_at` these ids.
     """
 
-    def loss(scores: TokenScores, batch: Batch) -> jax.Array:
-        teacher = with_tail(batch["teacher_topk_logprobs"])
+    def loss(scores: TokenScores, batch: MicroBatch) -> jax.Array:
+        teacher = with_tail(batch.fields["teacher_topk_logprobs"])
         return DIVERGENCES[name](teacher, with_tail(scores.logprobs_at))
 
     return loss

@@ -5,14 +5,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lopd.data.layout import MicroBatch
 from lopd.models.token_scores import TokenScores
 
-Batch = dict[str, jax.Array]
-"""Arrays by name, [B, T] or [B, T, K]: tokens, masks, weights and the teacher's scores."""
-Loss = Callable[[TokenScores, Batch], jax.Array]
+Loss = Callable[[TokenScores, MicroBatch], jax.Array]
 """(scores, batch) → per-token loss [B, T]."""
-Objective = Callable[[TokenScores, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[[TokenScores, MicroBatch], tuple[jax.Array, dict[str, jax.Array]]]
 """(scores, batch) → per-token loss [B, T], per-token diagnostics [B, T] to be averaged.
+
+What it reads of a record beside tokens and mask, it takes from `batch.fields` by name.
 
 A diagnostic NAME_squared beside NAME becomes the standard deviation NAME_sd in the metrics.
 """
@@ -38,7 +39,7 @@ def kl_k3(log_ratio: jax.Array) -> jax.Array:
 
 
 def teacher_diagnostics(
-    scores: TokenScores, batch: Batch, difference: jax.Array, tau: float
+    scores: TokenScores, batch: MicroBatch, difference: jax.Array, tau: float
 ) -> dict[str, jax.Array]:
     """What every objective of OPD reports, whatever it minimises.
 
@@ -46,14 +47,14 @@ def teacher_diagnostics(
       difference: [B, T], how far the sampled token's log-probability is from its target, in nats;
         the advantage is this clipped at `tau`.
     """
-    log_ratio = scores.logprobs - batch["ref_logprobs"]
+    log_ratio = scores.logprobs - batch.fields["ref_logprobs"]
     advantage, weight = jnp.clip(difference, -tau, tau), jnp.exp(log_ratio)
     return {
         "advantage": advantage,
         "advantage_squared": jnp.square(advantage),
         "advantage_over_1_nat": jnp.abs(difference) > 1.0,
         "clipped": jnp.abs(difference) > tau,
-        "kl_teacher": kl_k3(batch["teacher_logprobs"] - scores.logprobs),
+        "kl_teacher": kl_k3(batch.fields["teacher_logprobs"] - scores.logprobs),
         "kl_ref": kl_k3(log_ratio),
         "entropy": scores.entropy,
         "logprob": scores.logprobs,
@@ -82,9 +83,9 @@ def lightning_opd(
         residualised one (`lopd.objectives.style_baseline`).
     """
 
-    def objective(scores: TokenScores, batch: Batch):
-        teacher = batch[towards]
-        target = teacher + (extrapolation - 1.0) * (teacher - batch["ref_logprobs"])
+    def objective(scores: TokenScores, batch: MicroBatch):
+        teacher = batch.fields[towards]
+        target = teacher + (extrapolation - 1.0) * (teacher - batch.fields["ref_logprobs"])
         difference = target - scores.logprobs
         return huber(difference, tau), teacher_diagnostics(scores, batch, difference, tau)
 
@@ -94,8 +95,8 @@ def lightning_opd(
 def with_teacher_diagnostics(loss: Loss, tau: float) -> Objective:
     """A loss with the diagnostics of Lightning OPD, so that runs can be compared."""
 
-    def objective(scores: TokenScores, batch: Batch):
-        difference = batch["teacher_logprobs"] - scores.logprobs
+    def objective(scores: TokenScores, batch: MicroBatch):
+        difference = batch.fields["teacher_logprobs"] - scores.logprobs
         return loss(scores, batch), teacher_diagnostics(scores, batch, difference, tau)
 
     return objective
@@ -110,7 +111,7 @@ def fixed_advantage(advantage: float) -> Loss:
     return lambda scores, batch: -advantage * scores.logprobs
 
 
-def rollout_cross_entropy(scores: TokenScores, batch: Batch) -> jax.Array:
+def rollout_cross_entropy(scores: TokenScores, batch: MicroBatch) -> jax.Array:
     """−log π_θ(a_t|s_t): off-policy SFT on the rollouts themselves, a control."""
     del batch
     return -scores.logprobs
@@ -122,7 +123,7 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
     (1 − ε) · (−log π(a)) + ε · (−mean_v log π(v)) (arXiv 1512.00567, section 7).
     """
 
-    def objective(scores: TokenScores, batch: Batch):
+    def objective(scores: TokenScores, batch: MicroBatch):
         del batch
         loss = -(1 - label_smoothing) * scores.logprobs - label_smoothing * scores.mean_logprob
         return loss, {"logprob": scores.logprobs, "entropy": scores.entropy}

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from lopd.data.layout import MicroBatch
 from lopd.data.selection import share
 from lopd.models.token_scores import TokenScores
-from lopd.objectives.sampled import Batch, Objective
+from lopd.objectives.sampled import Objective
 
 
-def highest_entropy(entropy: jax.Array, batch: Batch, fraction: float) -> jax.Array:
+def highest_entropy(entropy: jax.Array, batch: MicroBatch, fraction: float) -> jax.Array:
     """Of each response's weighted tokens the ⌈fraction · n⌉ with the highest entropy, bool [B, T].
 
     A response lies whole in one row, so the choice does not depend on packing; of equal entropies
@@ -17,7 +18,7 @@ def highest_entropy(entropy: jax.Array, batch: Batch, fraction: float) -> jax.Ar
     shape = entropy.shape
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     nowhere = jnp.iinfo(jnp.int32).max
-    segment = jnp.where(batch["mask"] & (batch["weights"] > 0), batch["segment_ids"], nowhere)
+    segment = jnp.where(batch.mask & (batch.weights > 0), batch.segment_ids, nowhere)
     segment, _, order = jax.lax.sort((segment, -entropy, column), dimension=1, num_keys=3)
     # In the sorted row each response is one run, its highest entropy first.
     edge = segment[:, 1:] != segment[:, :-1]
@@ -34,7 +35,7 @@ def highest_entropy(entropy: jax.Array, batch: Batch, fraction: float) -> jax.Ar
 def train_highest_entropy(objective: Objective, fraction: float) -> Objective:
     """Leaves the loss only on the tokens of highest entropy under π_θ (arXiv 2604.14084)."""
 
-    def selected(scores: TokenScores, batch: Batch):
+    def selected(scores: TokenScores, batch: MicroBatch):
         loss, diagnostics = objective(scores, batch)
         entropy = jax.lax.stop_gradient(scores.entropy)
         return jnp.where(highest_entropy(entropy, batch, fraction), loss, 0.0), diagnostics
@@ -52,9 +53,9 @@ def truncated_importance(objective: Objective, cap: float) -> Objective:
     or a truncation changed stays as it is, as it does without weights.
     """
 
-    def weighted(scores: TokenScores, batch: Batch):
+    def weighted(scores: TokenScores, batch: MicroBatch):
         loss, diagnostics = objective(scores, batch)
-        ratio = jnp.exp(jax.lax.stop_gradient(scores.logprobs) - batch["ref_logprobs"])
+        ratio = jnp.exp(jax.lax.stop_gradient(scores.logprobs) - batch.fields["ref_logprobs"])
         return jnp.minimum(ratio, cap) * loss, diagnostics
 
     return weighted

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from lopd.config.settings import TrainingRecipe
-from lopd.data.batches import RESPONSE_STATS
+from lopd.data.layout import Layout, abstract_batch
 from lopd.data.packing import TokenField
 from lopd.machine import devices
 from lopd.machine.sharding import on_mesh
@@ -59,21 +59,11 @@ def train_step(
     remat: str = "full",
 ) -> Lowered:
     """The optimizer step over `micro_batches` of `rows` packed rows."""
-    optimizer = make_optimizer(recipe)
-    shape, sharding = (micro_batches, rows, row_length), devices.rows_sharding(mesh, leading=1)
-    scalars = [field for field in token_fields if isinstance(field, str)]
-    batch = {
-        **_arrays(INT_FIELDS, shape, jnp.int32, sharding),
-        **_arrays(("mask",), shape, jnp.bool_, sharding),
-        **_arrays(("weights", *scalars), shape, jnp.float32, sharding),
-        **_arrays(("response_stats",), (*shape[:2], len(RESPONSE_STATS)), jnp.float32, sharding),
-        **_arrays(("num_micro",), (), jnp.int32, devices.replicated(mesh)),
-    }
-    for field in token_fields:
-        if isinstance(field, TokenField):
-            batch |= _arrays((field.name,), (*shape, field.width), field.dtype, sharding)
-    step = make_train_step(model, optimizer, objective, mesh, remat)
-    return step.lower(abstract_state(model, optimizer, mesh), batch)
+    optimizer, params = make_optimizer(recipe), _params(model, mesh, "float32")
+    layout = Layout(row_length, rows, recipe.reduction, tuple(token_fields))
+    batch = abstract_batch(layout, micro_batches, mesh)
+    step = make_train_step(model, optimizer, objective, params, mesh, remat)
+    return step.lower(abstract_state(optimizer, params, mesh), {}, batch)
 
 
 def scoring(

@@ -16,7 +16,8 @@ import jax
 from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact
 from lopd.config.catalogue import STUDENT, TEACHER
-from lopd.data.batches import Arrays, make_layout, micro_batches, step_indices
+from lopd.data.batches import micro_batches, step_indices
+from lopd.data.layout import Batch
 from lopd.errors import UserError
 from lopd.machine import devices
 from lopd.models import decoder, inference
@@ -60,7 +61,7 @@ class OnlineBatches:
         self._requests = requests(run)
         order = training.batch_order(run, recipe, "opd")
         self._indices = step_indices(len(self._requests), **order)
-        self.layout = make_layout(**training.batch_rows(run, recipe, **_contents(run)))
+        self.layout = training.batch_rows(run, recipe, **_contents(run))
         row_length = run.settings.precompute.row_length
         student, teacher = (scored.scorer(run, who, row_length) for who in (STUDENT, TEACHER))
         self._score = teacher.dispatcher(teacher.load())
@@ -103,14 +104,14 @@ class OnlineBatches:
             "scoring": accounting.forward([teacher], records, ended - sampled),
         }
 
-    def reader(self, start: int, stop: int, put: Callable[[Arrays], Any]):
+    def reader(self, start: int, stop: int, put: Callable[[Batch], Any]):
         """See `lopd.training.loop.Batches`."""
         del start, stop
 
         def read(step: int, params: decoder.Params) -> tuple[Any, dict[str, float]]:
             records, costs = self.rollouts(step, params)
             self._read = step, records
-            return put(micro_batches(records, **self.layout)), accounting.as_columns(costs)
+            return put(micro_batches(records, self.layout)), accounting.as_columns(costs)
 
         return read
 

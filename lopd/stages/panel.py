@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from lopd.cache.reader import Records
 from lopd.config.catalogue import STUDENT
+from lopd.data.layout import Layout
 from lopd.objectives.sampled import Objective
 from lopd.stages.run import Run
 from lopd.training.drift import Drift, make_drift
@@ -11,7 +12,7 @@ from lopd.training.drift import Drift, make_drift
 
 def make_panel(
     run: Run,
-    layout: dict,
+    layout: Layout,
     objective: Objective,
     transform: Callable[[dict], dict] | None = None,
 ) -> Drift:

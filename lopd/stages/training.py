@@ -11,6 +11,7 @@ from lopd.checkpoints import orbax
 from lopd.config.catalogue import STUDENT
 from lopd.config.settings import TrainingRecipe
 from lopd.data.batches import StepBatches, step_batches
+from lopd.data.layout import Layout
 from lopd.data.packing import TokenField
 from lopd.data.selection import ALL_TOKENS, TokenSelection
 from lopd.models import decoder
@@ -31,16 +32,11 @@ def batch_rows(
     recipe: TrainingRecipe,
     token_fields: Sequence[str | TokenField] = (),
     selection: TokenSelection = ALL_TOKENS,
-) -> dict:
-    """How a batch's records become rows, for `make_layout`."""
-    return {
-        "row_length": recipe.row_length,
-        "rows_per_micro": run.settings.runtime.rows_per_micro,
-        "reduction": recipe.reduction,
-        "token_fields": token_fields,
-        "selection": selection,
-        "mesh": run.mesh,
-    }
+) -> Layout:
+    """How a batch's records become rows of this process."""
+    rows = run.settings.runtime.rows_per_micro
+    layout = Layout(recipe.row_length, rows, recipe.reduction, tuple(token_fields), selection)
+    return layout.on(run.mesh)
 
 
 def make_batches(
@@ -53,8 +49,7 @@ def make_batches(
 ) -> StepBatches:
     """The step-indexed batches of a training stage, in an order of its own."""
     order = batch_order(run, recipe, purpose)
-    rows = batch_rows(run, recipe, token_fields, selection)
-    return step_batches(source, **order, **rows)
+    return step_batches(source, batch_rows(run, recipe, token_fields, selection), **order)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Importance weights are w = π_θ / π_ref. On the responses that are trained on, a mean below 1
 measures memorisation; on fresh ones sampled from π_ref at T = 1, E[w] = 1 for every θ, and the
-spread of w measures how far π_θ has drifted (arXiv 2604.13010, bounds).
+spread of w measures how far π_θ has drifted: the variance of w is χ²(π_θ‖π_ref), which the bounds
+on the gap to on-policy training go by (arXiv 2604.13010).
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lopd.data.batches import Arrays, micro_batches, process_rows, put_batch
+from lopd.data.batches import micro_batches, put_batch
+from lopd.data.layout import Batch, Layout, MicroBatch
 from lopd.machine.devices import replicated
 from lopd.machine.sharding import on_mesh
 from lopd.models import decoder
-from lopd.objectives.sampled import SEQUENCE_LOG_RATIO, Batch, Objective
+from lopd.objectives.sampled import SEQUENCE_LOG_RATIO, Objective
 from lopd.training.step import (
     Metrics,
     forward_scores,
@@ -95,10 +97,10 @@ def scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return row
 
 
-def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> dict:
+def _panel_sums(objective: Objective, scores, micro: MicroBatch, responses: int) -> dict:
     """Sums over one micro-batch: those of a step, a histogram, and curves over positions."""
     loss, sums = score_sums(objective, scores, micro, responses)
-    mask = micro["mask"].astype(jnp.float32)
+    mask = micro.mask.astype(jnp.float32)
     diagnostics = objective(scores, micro)[1]
     edges, bins = ADVANTAGE_EDGES, len(ADVANTAGE_EDGES) - 1
     column = jnp.clip(
@@ -107,18 +109,16 @@ def _panel_sums(objective: Objective, scores, micro: Batch, responses: int) -> d
         bins - 1,
     )
     # In which part of its response each target lies.
-    segment, far = micro["segment_ids"], jnp.iinfo(jnp.int32).max
+    segment, far = micro.segment_ids, jnp.iinfo(jnp.int32).max
     length = sequence_sums(jnp.ones_like(mask), micro, responses)
     first = (
-        jnp.full(responses + 1, far)
-        .at[segment]
-        .min(jnp.where(micro["mask"], micro["positions"], far))
+        jnp.full(responses + 1, far).at[segment].min(jnp.where(micro.mask, micro.positions, far))
     )
-    place = (micro["positions"] - first[segment]) * POSITION_BINS
+    place = (micro.positions - first[segment]) * POSITION_BINS
     part = place // jnp.maximum(length[segment - 1].astype(jnp.int32), 1)
     part = jnp.clip(part, 0, POSITION_BINS - 1)
     by_position = {
-        name: jnp.zeros(POSITION_BINS).at[part].add(jnp.where(micro["mask"], diagnostics[name], 0))
+        name: jnp.zeros(POSITION_BINS).at[part].add(jnp.where(micro.mask, diagnostics[name], 0))
         for name in BY_POSITION
     }
     return {
@@ -135,11 +135,10 @@ def make_panel(
     """A jitted look at a batch, without gradients, by `panel_row` for people."""
 
     def panel(params: decoder.Params, batch: Batch) -> dict:
-        responses = batch["tokens"].shape[0] * batch["tokens"].shape[1]
 
-        def look(micro: Batch) -> dict:
+        def look(micro: MicroBatch) -> dict:
             scores = forward_scores(config, params, micro)
-            return _panel_sums(objective, scores, micro, responses)
+            return _panel_sums(objective, scores, micro, batch.most_responses)
 
         with on_mesh(mesh):
             found = sum_over_micro_batches(look, batch)
@@ -204,19 +203,13 @@ def make_drift(
     *,
     every: int,
     heldout: Sequence[dict] | None,
-    layout: dict,
+    layout: Layout,
 ) -> Drift:
-    """The drift panel; `heldout` are records as those of the cache, packed by `layout` once.
-
-    Args:
-      layout: keyword arguments of `micro_batches`.
-    """
+    """The drift panel; `heldout` are records as those of the cache, packed by `layout` once."""
     batch = None if heldout is None else heldout_batch(heldout, mesh, layout)
     return Drift(make_panel(config, objective, mesh), every, batch)
 
 
-def heldout_batch(heldout: Sequence[dict], mesh: Mesh, layout: dict) -> Batch:
+def heldout_batch(heldout: Sequence[dict], mesh: Mesh, layout: Layout) -> Batch:
     """Held-out records as `Drift.heldout`; args as `make_drift`'s."""
-    rows = process_rows(mesh, layout["rows_per_micro"])
-    local: Arrays = micro_batches(heldout, **{**layout, "rows": rows})
-    return put_batch(local, mesh, layout["rows_per_micro"])
+    return put_batch(micro_batches(heldout, layout.on(mesh)), mesh, layout.rows_per_micro)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from lopd.artefacts.artefact import Artefact
 from lopd.data.batches import micro_batches, put_batch
+from lopd.data.layout import Layout
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.sharding import on_mesh
@@ -20,7 +21,7 @@ from lopd.training.step import batch_gradients
 FAILURE = "failure.json"
 """The file's name."""
 _NAMED = 5
-"""At most so many records are named in the message; failure.json has all."""
+"""Most records that the message names; failure.json has all."""
 
 
 def _record_id(record: dict) -> dict:
@@ -30,24 +31,23 @@ def _record_id(record: dict) -> dict:
 def _alone(
     model: decoder.DecoderConfig,
     objective: Objective,
-    params: decoder.Params,
-    layout: dict,
+    params: tuple[decoder.Params, decoder.Params],
+    layout: Layout,
     records: list[dict],
     mesh: Mesh,
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each record by itself, as a batch of one."""
 
     @jax.jit
-    def look(params, batch):
+    def look(trainable, frozen, batch):
         with on_mesh(mesh):
-            grads, metrics = batch_gradients(model, objective, params, batch)
+            grads, metrics = batch_gradients(model, objective, trainable, batch, frozen=frozen)
         return metrics["loss"], optax.tree.norm(grads)
 
-    rows = layout["rows_per_micro"]
     found = []
     for record in records:
-        batch = put_batch(micro_batches([record], **layout), mesh, rows)
-        found.append(tuple(float(x) for x in jax.device_get(look(params, batch))))
+        batch = put_batch(micro_batches([record], layout), mesh, layout.rows_per_micro)
+        found.append(tuple(float(x) for x in jax.device_get(look(*params, batch))))
     return found
 
 
@@ -62,8 +62,8 @@ def stop_with_records(
     artefact: Artefact,
     model: decoder.DecoderConfig,
     objective: Objective,
-    params: decoder.Params,
-    layout: dict,
+    params: tuple[decoder.Params, decoder.Params],
+    layout: Layout,
     records: list[dict],
     step: int,
     row: dict,
@@ -73,11 +73,14 @@ def stop_with_records(
     """Writes failure.json and stops. Costs one small pass per record of the batch.
 
     Args:
-      params: those that the failed step started from.
-      layout: of its batch, keyword arguments of `micro_batches`.
+      artefact: where the report goes.
+      model, objective: as the step's.
+      params: trainable and frozen ones, those that the failed step started from.
+      layout: of its batch.
       records: those of the step.
       step: the failed step, from 1.
       row: its `loss` and `grad_norm`.
+      mesh: the devices.
 
     Raises:
       UserError: always, naming the step and the records.

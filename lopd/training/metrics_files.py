@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from lopd.config.settings import MetricsSettings
 from lopd.machine import processes, shutdown
 from lopd.machine.storage import Growing, write_atomically
 
@@ -128,7 +129,7 @@ class WandB:
     """The same rows at Weights & Biases; a continued run goes on in the same place."""
 
     def __init__(self, project: str, path: epath.Path, settings: dict, resume_step: int = 0):
-        import wandb  # optional: `lopd.config.checks` has looked for it
+        import wandb  # optional: what is checked before a run has looked for it
 
         # Kept beside the rows: a stage that begins anew is another run, also in a folder of the
         # same name, and W&B takes no row of a step that it has.
@@ -163,8 +164,10 @@ class WandB:
         self._run.finish(exit_code=int(passing not in (None, shutdown.Stopped)))
 
 
-def metrics_writers(path: epath.Path, resume_step: int, metrics, settings: dict) -> list:
-    """Where each step's row goes, as the section `metrics` of the settings says."""
+def metrics_writers(
+    path: epath.Path, resume_step: int, metrics: MetricsSettings, settings: dict
+) -> list:
+    """Where each step's row goes; `settings` are those of the stage, to be shown beside it."""
     if not processes.is_main():
         return []
     writers = [MetricsFile(path / "metrics.jsonl", resume_step)]

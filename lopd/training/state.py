@@ -1,17 +1,16 @@
-"""The optimizer and the training state, sharded like the parameters."""
+"""The optimizer and the training state; both follow from the tree that is trained."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lopd.config.settings import TrainingRecipe
 from lopd.machine import devices
 from lopd.models import decoder
 from lopd.models.parameters import decay_mask
-from lopd.models.shardings import param_shardings
 
 
 @flax.struct.dataclass
@@ -24,10 +23,11 @@ class TrainState:
     """bool, false from the first non-finite loss or gradient on; then nothing changes any more,
     until a run goes on from the saved state."""
     params: decoder.Params
+    """The trainable ones."""
     opt_state: optax.OptState
 
 
-def learning_rate_schedule(recipe: ml_collections.ConfigDict) -> optax.Schedule:
+def learning_rate_schedule(recipe: TrainingRecipe) -> optax.Schedule:
     """Linear warm-up, then constant or cosine to zero at the last step."""
     if recipe.schedule == "constant":
         after = optax.constant_schedule(recipe.learning_rate)
@@ -41,7 +41,7 @@ def learning_rate_schedule(recipe: ml_collections.ConfigDict) -> optax.Schedule:
     return lambda count: joined(count + 1 if recipe.warmup_steps else count)
 
 
-def make_optimizer(recipe: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(recipe: TrainingRecipe) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW as the paper uses it (arXiv 2604.13010, appendix).
 
     To save memory: `mu_dtype="bfloat16"` halves AdamW's first moment, and `optimizer="adafactor"`
@@ -81,17 +81,22 @@ def _moment_sharding(moment, param, sharding: NamedSharding) -> NamedSharding:
 
 
 def state_shardings(
-    config: decoder.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    optimizer: optax.GradientTransformation, trainable: decoder.Params, mesh: Mesh
 ) -> TrainState:
-    """The sharding of every leaf of the state; moments lie where their parameter lies."""
-    params = decoder.abstract_params(config)
-    shardings = param_shardings(config, mesh)
+    """The sharding of every leaf of the state; moments lie where their parameter lies.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      trainable: arrays, or their shapes, each with its NamedSharding on the mesh.
+      mesh: the devices.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
     replicated = devices.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         _moment_sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
         shardings,
         transform_non_params=lambda _: replicated,
     )
@@ -99,30 +104,29 @@ def state_shardings(
 
 
 def create_state(
-    config: decoder.DecoderConfig,
-    optimizer: optax.GradientTransformation,
-    params: decoder.Params,
-    mesh: Mesh,
+    optimizer: optax.GradientTransformation, trainable: decoder.Params, mesh: Mesh
 ) -> TrainState:
-    """A fresh state that starts from `params`."""
-    shardings = state_shardings(config, optimizer, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    """A fresh state that starts from `trainable`; args as `state_shardings`'."""
+    shardings = state_shardings(optimizer, trainable, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     scalars = jax.jit(
         lambda: (jnp.zeros((), jnp.int32), jnp.ones((), bool)),
         out_shardings=(shardings.step, shardings.finite),
     )()
-    return TrainState(*scalars, params, opt_state)
+    return TrainState(*scalars, trainable, opt_state)
 
 
 def abstract_state(
-    config: decoder.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    optimizer: optax.GradientTransformation, trainable: decoder.Params, mesh: Mesh
 ) -> TrainState:
-    """Shapes, types and shardings of the state, to restore a checkpoint into."""
-    params = decoder.abstract_params(config)
+    """Shapes, types and shardings of the state, to restore a checkpoint into.
+
+    Args as `state_shardings`'.
+    """
     shapes = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.bool),
-        params,
-        jax.eval_shape(optimizer.init, params),
+        jax.eval_shape(lambda x: x, trainable),
+        jax.eval_shape(optimizer.init, trainable),
     )
-    return devices.with_shardings(shapes, state_shardings(config, optimizer, mesh))
+    return devices.with_shardings(shapes, state_shardings(optimizer, trainable, mesh))
