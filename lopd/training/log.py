@@ -35,6 +35,7 @@ class InFlight:
 
     step: int
     metrics: dict[str, jax.Array]
+    """On the device, not waited for."""
     drift: Any
     """What `Drift.look` dispatched at this step, or None."""
     waited: float
