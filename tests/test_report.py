@@ -10,7 +10,7 @@ import chromium
 import numpy as np
 import pytest
 
-from lopd import pipeline, report
+from lopd import pipeline, preflight, report
 from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
 from lopd.config import STAGES, base_config, read_settings
 from lopd.errors import UserError
@@ -428,8 +428,8 @@ def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, sec
 
     monkeypatch.setattr(report, "write_after_run", write_under_fire)
 
-    for check in ("check_settings", "_check_artefacts"):
-        monkeypatch.setattr(pipeline, check, lambda *_: None)
+    for check in ("check_settings", "check_artefacts"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
     monkeypatch.setattr(pipeline, "run_stage", stop)
     monkeypatch.setattr(shutdown, "seconds_since_request", lambda: seconds)
     write_stage(tmp_path, "teacher", complete=False)
@@ -496,3 +496,19 @@ def test_browser_test_sees_what_is_wrong(tmp_path):
         assert view.requests[1:] == ["http://127.0.0.1:9/picture.png"]
         assert any("nothing is not defined" in text for text in view.console)
         assert (view.content_width > view.width) == (view.width == 390)
+
+
+@pytest.mark.parametrize(
+    ("objective", "label"),
+    [("log_ratio", "Huber loss, nats²"), ("forward_kl", "KL(π_T‖π_θ), nats")],
+)
+def test_the_loss_has_the_name_of_its_objective(tmp_path, objective, label):
+    write_stage(tmp_path, "opd", objective=objective)
+    write_stage(tmp_path, "sft")
+    runs = [reading.read_run(tmp_path, "one")]
+    labels = {
+        stage: [panel.y_label for panel in panels.stage_panels(runs, stage)]
+        for stage in ("opd", "sft")
+    }
+    assert labels["opd"][0] == label
+    assert labels["sft"][0] == "cross-entropy, nats per token"

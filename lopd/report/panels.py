@@ -186,6 +186,12 @@ def _with_loss_name(panel: Panel, runs: Sequence[Run], stage: str) -> Panel:
     return dataclasses.replace(panel, y_label=label or "loss")
 
 
+def stage_panels(runs: Sequence[Run], stage: str) -> list[Panel]:
+    """What is shown of a training stage's model, each panel with its labels."""
+    chosen = {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
+    return [_with_loss_name(panel, runs, stage) for panel in chosen]
+
+
 def stage_plots(
     runs: Sequence[Run], stage: str, running: bool = False
 ) -> tuple[list[Plot], list[str]]:
@@ -195,10 +201,9 @@ def stage_plots(
     With several runs, each metric has a plot of its own and each run a colour.
     """
     plots, missing = [], []
-    chosen = _RUNNING if running else {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
+    chosen = _RUNNING if running else stage_panels(runs, stage)
     key = f"{stage}-r" if running else stage
     for number, panel in enumerate(chosen):
-        panel = _with_loss_name(panel, runs, stage)
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
             _panel_plot(runs, stage, panel, group, f"{key}{number}-{i}")
