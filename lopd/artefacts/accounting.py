@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import Costs
 from lopd.data.packing import sequence_length
 from lopd.machine import processes
 from lopd.models.decoder import DecoderConfig
 from lopd.models.flops import training_flops
-
-Costs = dict[str, dict[str, float]]
 
 _UNITS = ("seconds", "tokens", "flops")
 

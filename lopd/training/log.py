@@ -56,7 +56,7 @@ class StepLog:
         start: int,
         drift: bool,
     ):
-        settings = artefact.manifest["settings"]
+        settings = artefact.manifest.settings
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
         self._drift = None
         if drift and processes.is_main():

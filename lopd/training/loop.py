@@ -91,7 +91,7 @@ def _resume(
 
 
 def _identity(artefact: Artefact) -> dict:
-    return {key: artefact.manifest[key] for key in ("settings", "inputs")}
+    return {"settings": artefact.manifest.settings, "inputs": artefact.manifest.inputs}
 
 
 def train(
