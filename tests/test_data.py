@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import TIED, random_records
+from helpers.models import TIED, random_records
 
 from lopd.config.settings import TaskSettings
 from lopd.data.batches import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import random_records
+from helpers.models import random_records
 
 from lopd.config.objectives import LOSSES
 from lopd.config.settings import OpdSettings, Settings, changed

@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TIED
+from helpers.models import TIED
 
 from configs import qwen3_4b, qwen3_8b
 from lopd.config import read_settings

@@ -19,9 +19,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import random_params
-from test_model import transformers_model
-from tiny_run import REPOSITORY, SETTINGS, open_run, run, save_models, tiny_settings
+from helpers.models import random_params, transformers_model
+from helpers.tiny_run import REPOSITORY, SETTINGS, open_run, run, save_models, tiny_settings
 
 from lopd import config as lopd_config
 from lopd.artefacts.artefact import Artefact

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import interrupt, run
+from helpers.tiny_run import interrupt, run
 
 from lopd.artefacts.artefact import Artefact
 from lopd.cache import __main__ as cache_main

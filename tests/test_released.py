@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import random_params
 from etils import epath
-from qwen3_tokenizer import qwen3_folder
+from helpers.models import random_params
+from helpers.qwen3_tokenizer import qwen3_folder
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact, open_complete

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 
-import chromium
 import numpy as np
 import pytest
+from helpers import chromium
 
 from lopd import pipeline, preflight, report
 from lopd.artefacts.artefact import Artefact
@@ -83,7 +83,10 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
         "seconds": 90.0 if complete else 0.0,
     }
     if name == "opd":
-        manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40, "ess_fraction": None}]
+        manifest["rounds"] = [
+            {"start": 20, "ess_fraction": 0.4},
+            {"start": 40, "ess_fraction": None},
+        ]
         manifest["outputs"]["costs"] = {
             "sampling": {"seconds": 75.0, "tokens": 300, "flops": 9.996e11},
             "training": {"seconds": 5.25, "tokens": 100.0, "flops": 1.3264e11},

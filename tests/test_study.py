@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-import small_study
+from helpers import small_study
 
 from lopd.artefacts.artefact import Artefact
 from lopd.config import read_settings
@@ -51,7 +51,7 @@ def manifests(store) -> dict:
 def command(workdir, *arguments) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, "-m", "lopd.study", f"--config={REPOSITORY / 'tests/small_study.py'}",
+        [sys.executable, "-m", "lopd.study", f"--config={small_study.__file__}",
          f"--workdir={workdir}", *arguments],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
