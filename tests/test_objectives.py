@@ -10,7 +10,8 @@ import torch
 from helpers.models import random_records
 
 from lopd.config.objectives import LOSSES
-from lopd.config.settings import OpdSettings, Settings, changed
+from lopd.config.settings import OpdSettings, Settings
+from lopd.config.values import changed
 from lopd.data.batches import micro_batches
 from lopd.data.layout import Layout, MicroBatch
 from lopd.data.packing import TokenField

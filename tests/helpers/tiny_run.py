@@ -22,7 +22,9 @@ from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.checkpoints import orbax
-from lopd.config.settings import Settings, changed, read_settings
+from lopd.config.config_dict import read_settings
+from lopd.config.settings import Settings
+from lopd.config.values import changed
 from lopd.machine import devices
 from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
