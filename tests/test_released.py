@@ -210,5 +210,5 @@ def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
         "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,
     })  # fmt: skip
     pipeline.run(read_settings(config), str(tmp_path / "run"), ("opd",))
-    inputs = Artefact(tmp_path / "run" / "opd").manifest["inputs"]
+    inputs = Artefact(tmp_path / "run" / "opd").manifest.inputs
     assert inputs == {"sft": cache.outputs["sft"], "precompute": cache.outputs["fingerprint"]}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lopd import pipeline, preflight, report
-from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import FORMAT_VERSION, Manifest
 from lopd.config import STAGES, base_config, read_settings
 from lopd.errors import UserError
 from lopd.machine import shutdown
@@ -64,7 +65,7 @@ def lines(rows) -> str:
 
 def save_manifest(folder, manifest) -> None:
     artefact = Artefact(folder)
-    artefact.manifest = manifest
+    artefact.manifest = Manifest.from_json(manifest)
     artefact.save()
 
 
@@ -82,7 +83,7 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
         "seconds": 90.0 if complete else 0.0,
     }
     if name == "opd":
-        manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40}]
+        manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40, "ess_fraction": None}]
         manifest["outputs"]["costs"] = {
             "sampling": {"seconds": 75.0, "tokens": 300, "flops": 9.996e11},
             "training": {"seconds": 5.25, "tokens": 100.0, "flops": 1.3264e11},
@@ -288,7 +289,8 @@ def test_partial_run_says_what_is_missing(tmp_path, keep):
         (path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     if keep == "eval":
         manifest = Artefact(path).manifest
-        save_manifest(path, manifest | {"results": {"sft": {"task/greedy": result(0.25)}}})
+        results = {"sft": {"task/greedy": result(0.25)}}
+        save_manifest(path, manifest.to_json() | {"results": results})
     text = " ".join(Parsed(report.write_report([tmp_path / "run"]).read_text()).text.split())
     assert f"Not finished: {keep}." in text
     assert "Not in this folder: " in text
@@ -310,7 +312,7 @@ def test_failure_is_shown_until_the_run_is_past_it(tmp_path, bad):
                 "finite": i >= bad} for i in range(2)]  # fmt: skip
     failure = {"step": 61, "loss": "nan", "grad_norm": "1.23456789", "records": records}
     (run / "opd" / "failure.json").write_text(json.dumps(failure))
-    save_manifest(run / "opd", Artefact(run / "opd").manifest | {"complete": False})
+    save_manifest(run / "opd", Artefact(run / "opd").manifest.to_json() | {"complete": False})
     parsed = Parsed(report.write_report([run]).read_text())
     text = " ".join(parsed.text.split())
     assert "opd failed at step 61 Not finite: loss nan, gradient norm 1.235." in text

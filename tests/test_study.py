@@ -66,7 +66,7 @@ def test_arms_share_what_follows_from_the_same_settings_and_inputs(study, store)
     lightning = run.finished(study, store, study.arm("lightning"), 1)
     crossed = run.finished(study, store, study.arm("crossed"), 1)
     assert lightning["sft"].path == crossed["sft"].path
-    inputs = [found["precompute"].manifest["inputs"] for found in (lightning, crossed)]
+    inputs = [found["precompute"].manifest.inputs for found in (lightning, crossed)]
     assert inputs[0]["sft"] == inputs[1]["sft"] and inputs[0]["teacher"] != inputs[1]["teacher"]
     assert crossed["precompute"].outputs["sft_teacher"] == inputs[0]["teacher"]
 

@@ -179,7 +179,7 @@ def _with_loss_name(panel: Panel, runs: Sequence[Run], stage: str) -> Panel:
     """The panel of the loss says which loss it is: that of each objective there is."""
     if panel.y_label:
         return panel
-    sections = [run.stages[stage].manifest.get("settings", {}).get("opd", {}) for run in runs]
+    sections = [run.stages[stage].settings.get("opd", {}) for run in runs]
     objectives = dict.fromkeys(x["objective"] for x in sections if "objective" in x)
     known = [LOSSES[name] for name in objectives if name in LOSSES]
     label = " or ".join(dict.fromkeys(f"{loss.title}, {loss.unit}" for loss in known))
