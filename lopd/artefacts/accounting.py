@@ -1,4 +1,4 @@
-"""What a stage's work has cost: seconds, tokens and model FLOPs of each kind of work.
+"""Costs of a stage's work: seconds, tokens and model FLOPs of each kind of work.
 
 Costs are {kind: {"seconds", "tokens", "flops"}}, the kinds "sampling", "scoring" and "training",
 and stand in a stage's outputs. Seconds are wall time with compilation; of a run that was killed,

@@ -28,7 +28,7 @@ def _text(entries: dict[str, Any]) -> str:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What changed between two JSON-like trees, as `key: old → new` lines."""
+    """Changes between two JSON-like trees, as `key: old → new` lines."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
@@ -78,7 +78,7 @@ class Artefact:
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """What later stages may rely on: fingerprints, counts, model shape."""
+        """Facts that later stages may rely on: fingerprints, counts, model shape."""
         return self.manifest.outputs
 
     def check(self, key: str, expected: dict[str, Any]) -> None:

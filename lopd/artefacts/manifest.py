@@ -1,4 +1,4 @@
-"""What an artefact's manifest.json holds, as types, and the way from and to JSON.
+"""The entries of an artefact's manifest.json as types, and the way from and to JSON.
 
 An entry that a stage does not make is left out of the file. What a file holds besides, or of
 another type, is refused: nobody would read it, or somebody would stumble over it later.
@@ -34,11 +34,11 @@ class ShardEntry(FileEntry):
     content: str
     """The digest of the records in hexadecimal (`lopd.cache.codec.content_digest`)."""
     totals: dict[str, int | float]
-    """What is counted of them (`lopd.cache.totals`)."""
+    """Counts and sums over them (`lopd.cache.totals`)."""
 
 
 class PlanEntry(TypedDict):
-    """What says which request belongs to which shard."""
+    """Says which request belongs to which shard."""
 
     requests: int
     prompts: str
@@ -52,14 +52,14 @@ class RoundEntry(TypedDict):
     start: int
     """The step after which it began."""
     ess_fraction: float | None
-    """What the drift look at that step found, if there was one."""
+    """Of the drift panel at that step; None if there was none."""
     cache: NotRequired[str]
     """The fingerprint of the round's cache, once it is made."""
 
 
 @dataclasses.dataclass(slots=True)
 class Manifest:
-    """An artefact: what it is made from, how far that has come, and what came of it."""
+    """An artefact's origin, progress and results."""
 
     stage: str
     """Which stage makes it."""
@@ -70,7 +70,7 @@ class Manifest:
     complete: bool = False
     code_version: str = lopd.__version__
     outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What later stages may rely on: fingerprints, counts, model shape."""
+    """Facts that later stages may rely on: fingerprints, counts, model shape."""
     seconds: float = 0.0
     """Wall time of all runs that have worked on it."""
     plan: PlanEntry | None = None

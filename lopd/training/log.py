@@ -1,4 +1,4 @@
-"""What a training shows of its steps: rows of metrics, the live line, a profile."""
+"""Records of a training's steps: rows of metrics, the live line, a profile."""
 
 import contextlib
 import dataclasses
@@ -36,11 +36,11 @@ class InFlight:
     step: int
     metrics: dict[str, jax.Array]
     drift: Any
-    """What `Drift.look` dispatched at this step, or None."""
+    """The result of `Drift.look` at this step, still on the device, or None."""
     waited: float
     """Seconds that the loop waited for its batch."""
     columns: dict[str, float]
-    """What the source of the batch adds to the step's row."""
+    """Columns that the source of the batch adds to the step's row."""
 
 
 class StepLog:

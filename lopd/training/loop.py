@@ -172,7 +172,7 @@ def train(
 
 @dataclasses.dataclass
 class _Loop:
-    """What a run works with, and the state that it changes."""
+    """The parts that a run works with, and the state that it changes."""
 
     artefact: Artefact
     manager: ocp.CheckpointManager
