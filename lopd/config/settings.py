@@ -27,6 +27,7 @@ from lopd.config.domains import (
     one_of,
     setting,
 )
+from lopd.config.objectives import LOSSES
 
 MATH_PROMPT = (
     r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
@@ -175,7 +176,7 @@ class OpdSettings(TrainingRecipe):
     """A finished `precompute` directory to use instead of this run's."""
     records: int | None = setting(None, POSITIVE)
     """Train on this many records, the first of the cache; None: all."""
-    objective: str = "log_ratio"
+    objective: str = setting("log_ratio", one_of(*LOSSES))
     """The method; on the teacher's top-K "forward_kl", "reverse_kl" or "jensen_shannon"; as
     controls "fixed_advantage" and "cross_entropy"."""
     tau: float = setting(10.0, POSITIVE)
