@@ -15,7 +15,8 @@ from typing import NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from lopd.config.settings import Settings, read_settings
+from lopd.config.config_dict import read_settings
+from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import shutdown
 

@@ -110,9 +110,9 @@ def run_stage(run: Run, name: str, title: str) -> None:
     processes.barrier(f"{name}: state read")  # before it changes
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
-    before = artefact.manifest["seconds"]
+    before = artefact.manifest.seconds
     outputs = stage_of(run, name).run(run, artefact)
-    artefact.manifest["seconds"] = before + time.perf_counter() - start
+    artefact.manifest.seconds = before + time.perf_counter() - start
     artefact.finish(outputs)
 
 
@@ -150,6 +150,6 @@ def _print_summary(run: Run, stages: list[str]) -> None:
     for name in stages:
         artefact = Artefact(run.place(name))
         if artefact.complete:
-            seconds[name] = artefact.manifest["seconds"]
+            seconds[name] = artefact.manifest.seconds
     times = "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     print(f"\nseconds: {times}  total {sum(seconds.values()):.0f}\nresults in {run.workdir}")

@@ -12,23 +12,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from helpers.models import TIED, random_params  # noqa: E402
 
 from lopd.machine import devices  # noqa: E402
 from lopd.models import decoder  # noqa: E402
-
-TIED = decoder.DecoderConfig(
-    vocab_size=37,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=16,
-    initializer_range=0.2,
-    max_position_embeddings=512,
-)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +38,7 @@ def one_device_mesh():
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """A folder with an untrained teacher and π_ref, as their stages would have left them."""
-    from tiny_run import save_models, use_one_device
+    from helpers.tiny_run import save_models, use_one_device
 
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
@@ -62,36 +50,8 @@ def tiny_models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device():
     """What a module's tests run in this process uses one device."""
-    from tiny_run import use_one_device
+    from helpers.tiny_run import use_one_device
 
     with pytest.MonkeyPatch.context() as patch:
         use_one_device(patch)
         yield
-
-
-def random_params(config: decoder.DecoderConfig, seed: int) -> decoder.Params:
-    """Parameters whose norm scales are random too, so that a missed one shows."""
-    params = decoder.init_params(config, jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-
-    def perturb(path, x):
-        if "norm" not in jax.tree_util.keystr(path):
-            return x
-        return jax.numpy.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
-
-    return jax.tree_util.tree_map_with_path(perturb, params)
-
-
-def random_records(config, lengths, seed=0, **fields) -> list[dict]:
-    """Records with (prompt, response) lengths, random ids, and float fields drawn in [−2, 0]."""
-    rng = np.random.default_rng(seed)
-    records = []
-    for prompt, response in lengths:
-        record = {
-            "prompt_tokens": rng.integers(3, config.vocab_size, prompt).astype(np.int32),
-            "response_tokens": rng.integers(3, config.vocab_size, response).astype(np.int32),
-        }
-        for name in fields:
-            record[name] = rng.uniform(-2, 0, response).astype(np.float32)
-        records.append(record)
-    return records

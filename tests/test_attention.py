@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TIED
+from helpers.models import TIED
 from jax.experimental.pallas import tpu as pltpu
 
 from lopd.machine import devices

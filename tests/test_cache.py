@@ -1,6 +1,7 @@
 """The cache: readable by TFDS alone, safe against crashes and damage."""
 
 import functools
+import json
 import random
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
+from lopd.artefacts import artefact as artefact_module
 from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.cache import parquet, reader, summary, totals, writer
 from lopd.cache.__main__ import main
@@ -104,9 +106,7 @@ def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
     assert len(read) == 12
     from_memory = [held[step] for step in range(6)]  # two and a half passes
     assert len(read) == 12
-    monkeypatch.setattr(
-        reader, "_HELD_BYTES", sum(s["bytes"] for s in cache.manifest["shards"]) - 1
-    )
+    monkeypatch.setattr(reader, "_HELD_BYTES", sum(s["bytes"] for s in cache.manifest.shards) - 1)
     one_by_one = step_batches(Records(cache), **options)
     assert len(read) == 12
     for step, expected in enumerate(from_memory):
@@ -118,7 +118,7 @@ def test_batches_are_the_same_however_records_are_read(tmp_path, monkeypatch):
 def test_records_are_those_that_tfds_reads(tmp_path, way_of_reading):
     cache = make_top_k_cache(tmp_path)
     theirs = tfds.builder_from_directory(tmp_path).as_data_source("train")
-    by_shard = [r for s in cache.manifest["shards"] for r in read_shard(cache, s["name"])]
+    by_shard = [r for s in cache.manifest.shards for r in read_shard(cache, s["name"])]
     for ours in (list(Records(cache)), by_shard):
         assert len(ours) == 10
         for mine, other in zip(ours, theirs, strict=True):
@@ -185,7 +185,7 @@ def test_what_is_no_logprob_is_refused(tmp_path, field, value):
     bad[field] = bad[field][:-1]
     with pytest.raises(UserError, match=f"{field} has 3 values for 4 tokens"):
         writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {})
-    assert "shards" not in artefact.manifest
+    assert not artefact.manifest.shards
 
 
 def test_only_listed_shards_count(tmp_path):
@@ -204,7 +204,7 @@ def test_only_listed_shards_count(tmp_path):
 def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, capsys):
     part = Artefact(tmp_path)
     part.begin("precompute", {}, {})
-    part.manifest["worker"] = [1, 3]
+    part.manifest.worker = (1, 3)
     for s in (1, 2):
         writer.write_shard(part, SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {})
     part.finish({"responses": 4})
@@ -217,7 +217,7 @@ def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, c
         code, out, err = command(monkeypatch, capsys, "verify", tmp_path)
         assert (code, out) == (2, "") and err.count("\n") == 1 and shard.name in err
         shard.write_bytes(content)
-    part.manifest["shards"][0]["content"] = part.manifest["shards"][1]["content"]
+    part.manifest.shards[0]["content"] = part.manifest.shards[1]["content"]
     part.save()
     with pytest.raises(UserError, match="2 records that are not those of the manifest"):
         verify_records(open_complete(tmp_path, "the part"))
@@ -239,6 +239,68 @@ def test_damaged_manifest_is_one_clear_error(tmp_path):
     make_cache(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format_version": 1, "stage"')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Artefact(tmp_path)
+
+
+def test_a_manifest_is_written_and_read_as_what_it_is(tmp_path):
+    """All entries that there are; those that are unset are not in the file."""
+    artefact = make_cache(tmp_path)
+    entries = json.loads((tmp_path / "manifest.json").read_text())
+    always = {"stage", "settings", "inputs", "complete", "code_version", "outputs", "seconds"}
+    assert entries.keys() == always | {"format_version", "checksum", "fields", "shards", "metadata"}
+    artefact.manifest.worker = (1, 3)
+    artefact.manifest.plan = {"requests": 12, "prompts": "ab", "records_per_shard": 4}
+    artefact.manifest.costs = {"scoring": {"seconds": 1.5, "tokens": 3, "flops": 1e9}}
+    artefact.manifest.rounds = [
+        {"start": 3, "ess_fraction": None},
+        {"start": 6, "ess_fraction": 0.5, "cache": "cd"},
+    ]
+    artefact.manifest.results = {"sft": {"addition/greedy": {"accuracy": 1.0}}}
+    artefact.save()
+    again = Artefact(tmp_path)
+    assert again.manifest == artefact.manifest and again.manifest.worker == (1, 3)
+    assert {type(s["bytes"]) for s in again.manifest.shards} == {int}
+    with pytest.raises(AttributeError):
+        again.manifest.shard = []  # a slip of the pen is no entry
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(settings=3), "settings is int, not an object"),
+        (lambda m: m.update(complete=1), "complete is int, not bool"),
+        (lambda m: m.update(seconds="3"), "seconds is str, not float"),
+        (lambda m: m.update(seconds=True), "seconds is bool, not float"),
+        (lambda m: m.update(outputs=None), "outputs is null, not an object"),
+        (lambda m: m.update(shards={}), "shards is an object, not a list"),
+        (lambda m: m["shards"][1].update(bytes=1.5), r"shards\[1\]\.bytes is float, not int"),
+        (lambda m: m["shards"][1].pop("sha256"), r"shards\[1\]\.sha256 is missing"),
+        (lambda m: m["shards"][0].update(crc=3), r"shards\[0\]\.crc is no entry of a manifest"),
+        (lambda m: m.update(worker=[1]), "worker has 1 items, not 2"),
+        (lambda m: m.update(worker=3), "worker is int, not a list"),
+        (lambda m: m.update(plan={"requests": 3}), r"plan\.prompts is missing"),
+        (lambda m: m.update(rounds=[{"start": 3}]), r"rounds\[0\]\.ess_fraction is missing"),
+        (lambda m: m.update(state="new"), "state is no entry of a manifest"),
+        (lambda m: m.pop("stage"), "stage is missing"),
+    ],
+)
+def test_a_manifest_of_other_types_is_one_clear_error(tmp_path, change, message):
+    """Sound by its checksum, as another program may have written it."""
+    make_cache(tmp_path)
+    path = tmp_path / "manifest.json"
+    entries = json.loads(path.read_text())
+    change(entries)
+    path.write_text(artefact_module._text(entries))
+    with pytest.raises(UserError, match=rf"manifest\.json is damaged, or of .*\({message}\)") as e:
+        Artefact(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"manifest"', "null", '{"format_version": 2}'])
+def test_a_manifest_of_another_version_is_one_clear_error(tmp_path, text):
+    make_cache(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"has format version (2|None), this code reads 3"):
         Artefact(tmp_path)
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import transformers
-from qwen3_tokenizer import qwen3_folder
-from small_checkpoint import save_small_qwen3
-from test_pipeline import REPOSITORY, environment, refused
+from helpers.commands import REPOSITORY, environment, refused
+from helpers.qwen3_tokenizer import qwen3_folder
+from helpers.small_checkpoint import save_small_qwen3
 
 from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records

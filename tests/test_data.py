@@ -6,7 +6,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import TIED, random_records
+import sentencepiece
+from helpers.models import TIED, random_records
 
 from lopd.config.settings import TaskSettings
 from lopd.data.batches import (
@@ -22,7 +23,7 @@ from lopd.data.packing import TokenField, assign_rows, pack
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.machine import devices
-from lopd.tasks import Problem, Verdict
+from lopd.tasks import Problem, Verdict, tiny_tokenizer
 from lopd.tasks.addition import SPLITS, Addition
 from lopd.tasks.prompts import PromptTask
 
@@ -106,6 +107,12 @@ def test_tokenizer_round_trip_and_identity():
             assert tokenizer.decode(ids) == text
             assert max(ids) < tokenizer.vocab_size and 2 not in ids  # nothing unknown
     assert tokenizer.end_id == 1 and len(tokenizer.fingerprint) == 16
+
+
+def test_the_bundled_tokenizer_is_the_one_that_its_script_makes():
+    """Piece by piece: the file also names the version that has written it."""
+    made = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.train())
+    assert made.id_to_piece([*range(made.vocab_size())]) == load_tokenizer("tiny").tokens
 
 
 def test_missing_and_damaged_tokenizer(tmp_path):

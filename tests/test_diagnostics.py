@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
-import training_run
-from conftest import random_params
 from etils import epath
+from helpers import training_run
+from helpers.models import random_params
+from helpers.training_run import CONFIG, batches, mesh_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_run import CONFIG, batches, mesh_of
 
 from lopd.config.settings import MetricsSettings
 from lopd.data.batches import put_batch

@@ -12,9 +12,17 @@ import pytest
 import safetensors
 import torch
 import transformers
-from conftest import TIED, random_params
-from test_hf import PUBLISHED, assert_same, mesh_of
-from test_model import MOE, inputs, our_logprobs, transformers_model
+from helpers.models import (
+    MOE,
+    TIED,
+    assert_same,
+    inputs,
+    mesh_of,
+    our_logprobs,
+    random_params,
+    transformers_model,
+)
+from helpers.published import PUBLISHED
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lopd.checkpoints import hf_config, hugging_face

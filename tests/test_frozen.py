@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import training_run
-from conftest import random_params
-from test_training import Crash, crashing
-from training_run import CONFIG, batches, mesh_of
+from helpers import training_run
+from helpers.models import random_params
+from helpers.training_run import CONFIG, Crash, batches, crashing, mesh_of
 
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.config.settings import TrainingRecipe

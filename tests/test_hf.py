@@ -11,72 +11,22 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TIED, random_params
-from test_model import MOE, UNTIED, transformers_model
+from helpers.models import (
+    MOE,
+    TIED,
+    UNTIED,
+    assert_same,
+    mesh_of,
+    random_params,
+    transformers_model,
+)
+from helpers.published import PUBLISHED
 
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.errors import UserError
-from lopd.machine import devices
 from lopd.models import decoder
 from lopd.models.presets import PRESETS
 from lopd.models.shardings import param_shardings
-
-# What the hub's config.json of two models says (Transformers 4 style).
-PUBLISHED = {
-    "Qwen3-4B-Thinking-2507": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2560,
-        "initializer_range": 0.02,
-        "intermediate_size": 9728,
-        "max_position_embeddings": 262144,
-        "max_window_layers": 36,
-        "model_type": "qwen3",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 5000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-    "Qwen3-30B-A3B": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 48,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_moe",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-}
 
 PARAMETERS = {
     "Qwen3-0.6B": 596_049_920,
@@ -95,19 +45,6 @@ PARAMETERS = {
     "SmolLM2-135M": 134_515_008,
     "SmolLM2-360M": 361_821_120,
 }
-
-
-def mesh_of(data, fsdp, tensor):
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return devices.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
-
-
-def assert_same(tree, other):
-    def same(a, b):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-    jax.tree.map(same, tree, other)
 
 
 @pytest.fixture(scope="session")

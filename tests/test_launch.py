@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from test_pipeline import BATCHES, SMALL
+from helpers.commands import BATCHES, SMALL
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 LAUNCH = REPOSITORY / "launch"

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TIED, random_params
+from helpers.models import (
+    MOE,
+    TIED,
+    UNTIED,
+    forward,
+    inputs,
+    logprobs_of,
+    our_logprobs,
+    random_params,
+    transformers_model,
+)
 
 from lopd.checkpoints import hugging_face
 from lopd.errors import UserError
@@ -17,43 +27,9 @@ from lopd.machine import devices
 from lopd.models import decoder, inference, memory
 from lopd.models.kv_cache import empty_cache
 from lopd.models.shardings import abstract_params_on
-from lopd.models.token_scores import token_scores
 from lopd.sampling.engine import Request, Sampling, generate
 
-UNTIED = dataclasses.replace(
-    TIED, tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=1, rope_theta=5e6
-)
-MOE = dataclasses.replace(
-    TIED,
-    vocab_size=40,  # divides over the meshes of test_moe.py
-    tie_word_embeddings=False,
-    num_experts=8,
-    num_experts_per_tok=3,
-    moe_intermediate_size=24,
-    norm_topk_prob=True,
-)
 CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
-
-forward = jax.jit(decoder.forward, static_argnums=0, static_argnames="remat")
-
-
-def inputs(config, batch, length, seed=0):
-    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
-    positions = np.broadcast_to(np.arange(length), (batch, length))
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(positions), jnp.ones((batch, length), int)
-
-
-def logprobs_of(logits, tokens):
-    """log p of each next token under Transformers' logits [B, T, V], in float32: [B, T - 1]."""
-    scores = torch.log_softmax(logits[:, :-1].float(), -1)
-    return scores.gather(-1, torch.tensor(np.asarray(tokens))[:, 1:, None].long())[..., 0].numpy()
-
-
-def our_logprobs(config, params, tokens, positions, segments):
-    """Our hidden states [B, T, D], and the log-probabilities of the next tokens [B, T - 1]."""
-    hidden, _ = forward(config, params, tokens, positions, segments)
-    scores = token_scores(hidden[:, :-1], decoder.output_head(params), tokens[:, 1:])
-    return hidden, np.asarray(scores.logprobs)
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
@@ -68,10 +44,6 @@ def twin(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     hugging_face.save_checkpoint(path, config, params, end_id=1)
     return types.SimpleNamespace(config=config, params=params, path=path)
-
-
-def transformers_model(path, dtype=torch.float32):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def test_equals_transformers(twin):

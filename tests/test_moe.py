@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import random_params
-from test_model import MOE, inputs, logprobs_of, transformers_model
+from helpers.models import MOE, inputs, logprobs_of, random_params, transformers_model
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lopd.checkpoints import hugging_face

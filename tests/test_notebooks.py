@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 import tokenizers
 import transformers
-from small_checkpoint import save_small_qwen3
-from test_pipeline import BATCHES, REPOSITORY, SMALL, environment
+from helpers.commands import BATCHES, REPOSITORY, SMALL, environment
+from helpers.small_checkpoint import save_small_qwen3
 
 from lopd.config import MATH_PROMPT
 

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_run import interrupt, open_run, run, tiny_settings
+from helpers.tiny_run import interrupt, open_run, run, tiny_settings
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact

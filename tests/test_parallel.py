@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from mesh_measurements import (
+from helpers.mesh_measurements import (
     CONFIGS,
     DENSE,
     MOE,
@@ -117,7 +117,7 @@ def run_processes(script: list[str], count: int, devices: int, **variables) -> l
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
     }
@@ -135,7 +135,11 @@ def run_processes(script: list[str], count: int, devices: int, **variables) -> l
 
 def test_two_processes_of_four_devices_measure_the_same(tmp_path):
     """Loss, gradients and log-probs of 2×2×2 in two real processes, against one device."""
-    script = [str(REPOSITORY / "tests/mesh_measurements.py"), str(tmp_path / "found"), "2,2,2"]
+    script = [
+        str(REPOSITORY / "tests/helpers/mesh_measurements.py"),
+        str(tmp_path / "found"),
+        "2,2,2",
+    ]
     for process in run_processes(script, count=2, devices=4):
         errors = process.communicate()[1]
         assert process.returncode == 0, errors

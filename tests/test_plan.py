@@ -10,11 +10,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TIED
+from helpers.models import TIED
 
 from configs import qwen3_4b, qwen3_8b
 from lopd.config import read_settings
-from lopd.config.settings import changed
+from lopd.config.values import changed
 from lopd.errors import UserError
 from lopd.hardware import CHIPS
 from lopd.models import decoder

@@ -19,9 +19,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import random_params
-from test_model import transformers_model
-from tiny_run import REPOSITORY, SETTINGS, open_run, run, save_models, tiny_settings
+from helpers.models import random_params, transformers_model
+from helpers.tiny_run import REPOSITORY, SETTINGS, open_run, run, save_models, tiny_settings
 
 from lopd import config as lopd_config
 from lopd.artefacts.artefact import Artefact
@@ -50,7 +49,7 @@ def models(tmp_path_factory):
 
 def content(artefact: Artefact) -> dict:
     """All that must be alike of two caches that hold the same."""
-    manifest = json.loads(json.dumps(artefact.manifest))
+    manifest = json.loads(json.dumps(artefact.manifest.to_json()))
     assert manifest["complete"]
     for entry in [*manifest["shards"], *manifest["metadata"]]:
         del entry["sha256"], entry["bytes"]  # serialised fields may come in another order
@@ -165,7 +164,7 @@ def test_logprobs_equal_transformers_in_float64(models, whole, twins, tmp_path, 
 
 def test_workers_merged_are_the_single_run(models, whole, tmp_path):
     parts = [run(models, tmp_path, "precompute", worker=(i, 3)).path for i in range(3)]
-    held = [len(Artefact(p).manifest["shards"]) for p in parts]
+    held = [len(Artefact(p).manifest.shards) for p in parts]
     assert held == [1, 2, 2]
     with pytest.raises(UserError, match=r"2 of 5 shards are missing, the first 1"):
         merge.merge(tmp_path / "m", [parts[0], parts[2]])
@@ -200,7 +199,7 @@ def test_an_interrupted_merge_is_continued(models, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(writer, "copy_shard", failing)
     with pytest.raises(OSError, match="No space left"):
         merge.merge(tmp_path / "m", parts)
-    assert len(Artefact(tmp_path / "m").manifest["shards"]) == 3
+    assert len(Artefact(tmp_path / "m").manifest.shards) == 3
     assert content(merge.merge(tmp_path / "m", parts)) == content(whole)
     assert next(calls) == 6  # the three that were there were not copied again
 
@@ -269,7 +268,7 @@ def test_heldout_is_disjoint_and_of_the_same_schema(models, whole, tmp_path):
     assert len(records) == 12
     trained = {r["prompt_tokens"].tobytes() for r in Records(whole)}
     assert not trained & {r["prompt_tokens"].tobytes() for r in records}
-    assert held.manifest["fields"] == whole.manifest["fields"]
+    assert held.manifest.fields == whole.manifest.fields
     for r in records:  # drawn from the distribution that they are scored by
         np.testing.assert_allclose(r["behaviour_logprobs"], r["ref_logprobs"], atol=1e-4)
 
@@ -386,7 +385,7 @@ def test_one_stream_fills_shards_in_any_order(job):
 
     write(artefact, sample)
     assert streams == [24]
-    names = [s["name"] for s in artefact.manifest["shards"]]
+    names = [s["name"] for s in artefact.manifest.shards]
     assert names == [shard_name(i, 3) for i in range(3)]
     for i, name in enumerate(names):
         records = reader.read_shard(artefact, name)
@@ -511,7 +510,7 @@ def start(models, workdir, variables=None, **changes) -> subprocess.Popen:
 def listed(workdir) -> int:
     """Shards that the manifest lists; -1 before there is one."""
     artefact = Artefact(workdir / "precompute")
-    return -1 if artefact.manifest is None else len(artefact.manifest.get("shards", []))
+    return -1 if artefact.manifest is None else len(artefact.manifest.shards)
 
 
 def wait_for(process, workdir, shards: int) -> bool:

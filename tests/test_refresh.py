@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import interrupt, run
+from helpers.tiny_run import interrupt, run
 
 from lopd.artefacts.artefact import Artefact
 from lopd.cache import __main__ as cache_main
@@ -56,9 +56,9 @@ def ids(records) -> set[int]:
 
 
 def test_rounds_by_steps_are_caches_of_the_student_of_then(whole, models, monkeypatch, capsys):
-    assert [entry["start"] for entry in whole.manifest["rounds"]] == [3, 6]
+    assert [entry["start"] for entry in whole.manifest.rounds] == [3, 6]
     first, student = Records(Artefact(models / "precompute")), set()
-    for number, entry in enumerate(whole.manifest["rounds"], start=1):
+    for number, entry in enumerate(whole.manifest.rounds, start=1):
         folder = whole.path / "rounds" / f"{number:03}"
         for path in (folder, folder.with_name(f"{number:03}-heldout")):
             monkeypatch.setattr(sys, "argv", ["lopd.cache", "verify", str(path)])
@@ -99,7 +99,7 @@ def test_weights_are_those_against_the_student_that_sampled(whole):
 
 def same_run(found: Artefact, expected: Artefact) -> None:
     assert found.outputs["fingerprint"] == expected.outputs["fingerprint"]
-    assert found.manifest["rounds"] == expected.manifest["rounds"]
+    assert found.manifest.rounds == expected.manifest.rounds
     assert rows(found, "drift") == rows(expected, "drift")
     losses = [[r["loss"] for r in rows(a, "metrics")] for a in (found, expected)]
     assert losses[0] == losses[1]
@@ -111,9 +111,7 @@ def test_killed_in_a_round_and_after_it_ends_bit_identical(models, whole, tmp_pa
     opd = tmp_path / "opd"
     one = opd / "rounds" / "001"
     interrupt(tmp_path, models, "opd", "opd/rounds/001/*record-00001-of-*", **given, **EVERY)
-    assert not Artefact(one).complete and [
-        r["start"] for r in Artefact(opd).manifest["rounds"]
-    ] == [3]
+    assert not Artefact(one).complete and [r["start"] for r in Artefact(opd).manifest.rounds] == [3]
     interrupt(tmp_path, models, "opd", "opd/checkpoints/6", **given, **EVERY)
     assert Artefact(one).complete and not (opd / "checkpoints" / "6").exists()
     same_run(run(models, tmp_path, "opd", **given, **EVERY), whole)
@@ -124,8 +122,8 @@ def test_rounds_by_ess_begin_at_the_look_that_falls_below(models, tmp_path):
     artefact = refreshed(models, tmp_path, **SMALL | below)
     looks = {r["step"]: r["heldout"]["ess_fraction"] for r in rows(artefact, "drift")}
     starts = [step for step, fraction in looks.items() if fraction < 0.97 and step < 9]
-    assert starts and [r["start"] for r in artefact.manifest["rounds"]] == starts
-    assert [r["ess_fraction"] for r in artefact.manifest["rounds"]] == [looks[s] for s in starts]
+    assert starts and [r["start"] for r in artefact.manifest.rounds] == starts
+    assert [r["ess_fraction"] for r in artefact.manifest.rounds] == [looks[s] for s in starts]
     assert all(looks[start + 1] == pytest.approx(1, abs=1e-6) for start in starts)
     with pytest.raises(UserError, match="drift_every: 1 → 2"):  # it decides, so it may not change
         opd = {"opd__cache": f"{models}/precompute", "runtime__drift_every": 2}

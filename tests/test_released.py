@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import random_params
 from etils import epath
-from qwen3_tokenizer import qwen3_folder
+from helpers.models import random_params
+from helpers.qwen3_tokenizer import qwen3_folder
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact, open_complete
@@ -210,5 +210,5 @@ def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
         "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,
     })  # fmt: skip
     pipeline.run(read_settings(config), str(tmp_path / "run"), ("opd",))
-    inputs = Artefact(tmp_path / "run" / "opd").manifest["inputs"]
+    inputs = Artefact(tmp_path / "run" / "opd").manifest.inputs
     assert inputs == {"sft": cache.outputs["sft"], "precompute": cache.outputs["fingerprint"]}

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 
-import chromium
 import numpy as np
 import pytest
+from helpers import chromium
 
-from lopd import pipeline, report
-from lopd.artefacts.artefact import FORMAT_VERSION, Artefact
+from lopd import pipeline, preflight, report
+from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import FORMAT_VERSION, Manifest
 from lopd.config import STAGES, base_config, read_settings
 from lopd.errors import UserError
 from lopd.machine import shutdown
@@ -65,7 +66,7 @@ def lines(rows) -> str:
 
 def save_manifest(folder, manifest) -> None:
     artefact = Artefact(folder)
-    artefact.manifest = manifest
+    artefact.manifest = Manifest.from_json(manifest)
     artefact.save()
 
 
@@ -83,7 +84,10 @@ def write_stage(workdir, name, complete=True, inputs=None, **settings) -> None:
         "seconds": 90.0 if complete else 0.0,
     }
     if name == "opd":
-        manifest["rounds"] = [{"start": 20, "ess_fraction": 0.4}, {"start": 40}]
+        manifest["rounds"] = [
+            {"start": 20, "ess_fraction": 0.4},
+            {"start": 40, "ess_fraction": None},
+        ]
         manifest["outputs"]["costs"] = {
             "sampling": {"seconds": 75.0, "tokens": 300, "flops": 9.996e11},
             "training": {"seconds": 5.25, "tokens": 100.0, "flops": 1.3264e11},
@@ -289,7 +293,8 @@ def test_partial_run_says_what_is_missing(tmp_path, keep):
         (path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     if keep == "eval":
         manifest = Artefact(path).manifest
-        save_manifest(path, manifest | {"results": {"sft": {"task/greedy": result(0.25)}}})
+        results = {"sft": {"task/greedy": result(0.25)}}
+        save_manifest(path, manifest.to_json() | {"results": results})
     text = " ".join(Parsed(report.write_report([tmp_path / "run"]).read_text()).text.split())
     assert f"Not finished: {keep}." in text
     assert "Not in this folder: " in text
@@ -311,7 +316,7 @@ def test_failure_is_shown_until_the_run_is_past_it(tmp_path, bad):
                 "finite": i >= bad} for i in range(2)]  # fmt: skip
     failure = {"step": 61, "loss": "nan", "grad_norm": "1.23456789", "records": records}
     (run / "opd" / "failure.json").write_text(json.dumps(failure))
-    save_manifest(run / "opd", Artefact(run / "opd").manifest | {"complete": False})
+    save_manifest(run / "opd", Artefact(run / "opd").manifest.to_json() | {"complete": False})
     parsed = Parsed(report.write_report([run]).read_text())
     text = " ".join(parsed.text.split())
     assert "opd failed at step 61 Not finite: loss nan, gradient norm 1.235." in text
@@ -441,8 +446,8 @@ def test_stopped_run_writes_its_page_if_there_is_time(tmp_path, monkeypatch, sec
 
     monkeypatch.setattr(report, "write_after_run", write_under_fire)
 
-    for check in ("check_settings", "_check_artefacts"):
-        monkeypatch.setattr(pipeline, check, lambda *_: None)
+    for check in ("check_settings", "check_artefacts"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
     monkeypatch.setattr(pipeline, "run_stage", stop)
     monkeypatch.setattr(shutdown, "seconds_since_request", lambda: seconds)
     write_stage(tmp_path, "teacher", complete=False)
@@ -509,3 +514,19 @@ def test_browser_test_sees_what_is_wrong(tmp_path):
         assert view.requests[1:] == ["http://127.0.0.1:9/picture.png"]
         assert any("nothing is not defined" in text for text in view.console)
         assert (view.content_width > view.width) == (view.width == 390)
+
+
+@pytest.mark.parametrize(
+    ("objective", "label"),
+    [("log_ratio", "Huber loss, nats²"), ("forward_kl", "KL(π_T‖π_θ), nats")],
+)
+def test_the_loss_has_the_name_of_its_objective(tmp_path, objective, label):
+    write_stage(tmp_path, "opd", objective=objective)
+    write_stage(tmp_path, "sft")
+    runs = [reading.read_run(tmp_path, "one")]
+    labels = {
+        stage: [panel.y_label for panel in panels.stage_panels(runs, stage)]
+        for stage in ("opd", "sft")
+    }
+    assert labels["opd"][0] == label
+    assert labels["sft"][0] == "cross-entropy, nats per token"

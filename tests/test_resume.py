@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import pytest
-import training_run
+from helpers import training_run
 
 KILLS = int(os.environ.get("LOPD_KILLS", "1"))
 TESTS = pathlib.Path(__file__).parent
@@ -30,7 +30,7 @@ def start(path, objective, devices=1, **environment) -> subprocess.Popen:
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
-    command = [sys.executable, str(TESTS / "training_run.py"), str(path), objective]
+    command = [sys.executable, str(TESTS / "helpers" / "training_run.py"), str(path), objective]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

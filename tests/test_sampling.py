@@ -11,8 +11,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import TIED, random_params, random_records
-from test_scoring import bigram_model
+from helpers.models import TIED, bigram_model, random_params, random_records
 
 from lopd.checkpoints import hugging_face
 from lopd.errors import UserError

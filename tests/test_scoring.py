@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TIED, random_records
+from helpers.models import TIED, bigram_model, random_records
 
 from lopd.config import training_recipe
 from lopd.machine import devices
 from lopd.machine.sharding import on_mesh
-from lopd.models import decoder, token_scores
+from lopd.models import token_scores
 from lopd.objectives.sampled import lightning_opd
 from lopd.plan import programs
 from lopd.rollouts.scoring import score_responses
@@ -177,20 +177,6 @@ def test_compiled_step_has_no_array_of_rows_by_length_by_vocabulary(monkeypatch,
     assert 128 * vocab < rows * length * vocab // mesh.size
     if mesh.size > 1:
         assert vocab * config.hidden_size not in sizes
-
-
-def bigram_model():
-    """A Qwen3 whose next-token distribution is a known function of the current token alone."""
-    config = dataclasses.replace(TIED, tie_word_embeddings=False)
-    params = decoder.init_params(config, jax.random.key(3))
-    layers = params["layers"]
-    layers["attention"]["o"] = jnp.zeros_like(layers["attention"]["o"])
-    layers["mlp"]["down"] = jnp.zeros_like(layers["mlp"]["down"])
-    embed = np.asarray(params["embed"], np.float64)
-    normed = embed / np.sqrt((embed**2).mean(-1, keepdims=True) + config.rms_norm_eps)
-    logits = normed @ np.asarray(params["lm_head"], np.float64).T
-    table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return config, params, table
 
 
 @pytest.mark.parametrize("row_length", [16, 33, 64])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from etils import epath
-from tiny_run import tiny_settings
+from helpers.tiny_run import tiny_settings
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact

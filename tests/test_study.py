@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-import small_study
+from helpers import small_study
 
 from lopd.artefacts.artefact import Artefact
 from lopd.config import read_settings
@@ -51,7 +51,7 @@ def manifests(store) -> dict:
 def command(workdir, *arguments) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, "-m", "lopd.study", f"--config={REPOSITORY / 'tests/small_study.py'}",
+        [sys.executable, "-m", "lopd.study", f"--config={small_study.__file__}",
          f"--workdir={workdir}", *arguments],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def test_arms_share_what_follows_from_the_same_settings_and_inputs(study, store)
     lightning = run.finished(study, store, study.arm("lightning"), 1)
     crossed = run.finished(study, store, study.arm("crossed"), 1)
     assert lightning["sft"].path == crossed["sft"].path
-    inputs = [found["precompute"].manifest["inputs"] for found in (lightning, crossed)]
+    inputs = [found["precompute"].manifest.inputs for found in (lightning, crossed)]
     assert inputs[0]["sft"] == inputs[1]["sft"] and inputs[0]["teacher"] != inputs[1]["teacher"]
     assert crossed["precompute"].outputs["sft_teacher"] == inputs[0]["teacher"]
 

@@ -10,7 +10,7 @@ import shutil
 import jinja2.sandbox
 import pytest
 import tokenizers
-from qwen3_tokenizer import qwen3_folder
+from helpers.qwen3_tokenizer import qwen3_folder
 
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError

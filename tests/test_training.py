@@ -11,17 +11,16 @@ import shutil
 import subprocess
 import sys
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import training_run
-from conftest import random_params
 from etils import epath
+from helpers import training_run
+from helpers.models import random_params
+from helpers.training_run import CONFIG, Crash, batches, crashing, mesh_of
 from jax.sharding import PartitionSpec as P
-from training_run import CONFIG, batches, mesh_of
 
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
@@ -69,22 +68,6 @@ def run_training(path, steps=7, data=None, params=None, **options):
         params=params,
         **{"checkpoint_every": 3, **options},
     )
-
-
-class Crash(Exception):
-    """Stands for the machine going away."""
-
-
-def crashing(data, step):
-    """The batches, up to a step at which the process dies."""
-
-    def indices(n):
-        if n >= step:
-            raise Crash
-        return data.indices[n]
-
-    mapped = grain.MapDataset.source(range(100)).map(indices)
-    return dataclasses.replace(data, indices=mapped)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
+from helpers.models import random_params
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact

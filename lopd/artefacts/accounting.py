@@ -1,4 +1,4 @@
-"""What a stage's work has cost: seconds, tokens and model FLOPs of each kind of work.
+"""Costs of a stage's work: seconds, tokens and model FLOPs of each kind of work.
 
 Costs are {kind: {"seconds", "tokens", "flops"}}, the kinds "sampling", "scoring" and "training",
 and stand in a stage's outputs. Seconds are wall time with compilation; of a run that was killed,
@@ -13,13 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import Costs
 from lopd.data.packing import sequence_length
 from lopd.machine import processes
 from lopd.models.decoder import DecoderConfig
 from lopd.models.flops import training_flops
-
-Costs = dict[str, dict[str, float]]
-"""Kind of work → unit → amount."""
 
 _UNITS = ("seconds", "tokens", "flops")
 

@@ -12,26 +12,23 @@ from typing import Any
 
 from etils import epath
 
-import lopd
+from lopd.artefacts.manifest import FORMAT_VERSION, Manifest
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.storage import absolute, write_atomically
 
 MANIFEST = "manifest.json"
-"""The name of the file that makes a directory an artefact."""
-FORMAT_VERSION = 2
-"""Of manifests and of what they describe; another one is refused."""
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
-    """The file's text: the manifest, and last the SHA-256 of everything above."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
+def _text(entries: dict[str, Any]) -> str:
+    """The file's text: the manifest's entries, and last the SHA-256 of everything above."""
+    content = {key: value for key, value in entries.items() if key != "checksum"}
     checksum = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
     return json.dumps({**content, "checksum": checksum}, indent=2) + "\n"
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What changed between two JSON-like trees, as `key: old → new` lines."""
+    """Changes between two JSON-like trees, as `key: old → new` lines."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
@@ -41,45 +38,48 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 class Artefact:
-    """One stage's output directory and its manifest (a plain dict, `manifest`)."""
+    """One stage's output directory and its manifest; None where there is none yet."""
 
     def __init__(self, path: epath.PathLike):
         self.path = absolute(path)
-        self.manifest: dict[str, Any] | None = self._load()
+        self.manifest: Manifest | None = self._load()
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self) -> Manifest | None:
         path = self.path / MANIFEST
         if not path.exists():
             return None
+        way_out = f"restore it, or delete {self.path}"
         try:
             text = path.read_bytes().decode()
-            manifest = json.loads(text)
+            entries = json.loads(text)
         except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); {way_out}") from error
+        version = entries.get("format_version") if isinstance(entries, dict) else None
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{path} is damaged ({error}); restore it, or delete {self.path}"
-            ) from error
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {manifest.get('format_version')}, this code reads "
-                f"{FORMAT_VERSION}; delete {self.path} to make it again"
+                f"{path} has format version {version}, this code reads {FORMAT_VERSION}; delete "
+                f"{self.path} to make it again"
             )
         # The text is a function of the content, so comparing it finds a change of any byte.
-        if text != _manifest_text(manifest):
+        if text != _text(entries):
+            raise UserError(f"{path} is damaged (its checksum differs); {way_out}")
+        del entries["checksum"]
+        try:
+            return Manifest.from_json(entries)
+        except ValueError as error:
             raise UserError(
-                f"{path} is damaged (its checksum differs); restore it, or delete {self.path}"
-            )
-        del manifest["checksum"]
-        return manifest
+                f"{path} is damaged, or of another version ({error}); {way_out}"
+            ) from error
 
     @property
     def complete(self) -> bool:
         """Whether the stage that makes it has finished."""
-        return self.manifest is not None and self.manifest["complete"]
+        return self.manifest is not None and self.manifest.complete
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """What later stages may rely on: fingerprints, counts, model shape."""
-        return self.manifest["outputs"]
+        """Facts that later stages may rely on: fingerprints, counts, model shape."""
+        return self.manifest.outputs
 
     def check(self, key: str, expected: dict[str, Any]) -> None:
         """Refuses an artefact that was made from other `settings` or `inputs`.
@@ -89,7 +89,7 @@ class Artefact:
         """
         if self.manifest is None:
             return
-        found = differences(self.manifest[key], json.loads(json.dumps(expected)))
+        found = differences(getattr(self.manifest, key), json.loads(json.dumps(expected)))
         if found:
             raise UserError(
                 f"{self.path} was made with other {key} ({'; '.join(found)}): restore them, "
@@ -100,16 +100,8 @@ class Artefact:
         """Opens the artefact for work, keeping what an interrupted run has finished."""
         if self.manifest is None:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.manifest = {
-                "format_version": FORMAT_VERSION,
-                "stage": stage,
-                "complete": False,
-                "code_version": lopd.__version__,
-                "settings": json.loads(json.dumps(settings)),
-                "inputs": json.loads(json.dumps(inputs)),
-                "outputs": {},
-                "seconds": 0.0,
-            }
+            own = json.loads(json.dumps([settings, inputs]))  # as they will be read
+            self.manifest = Manifest(stage, *own)
         self.save()
 
     def reload(self) -> None:
@@ -119,12 +111,12 @@ class Artefact:
     def save(self) -> None:
         """Writes the manifest as it stands; with several processes, the first one does."""
         if processes.is_main():
-            write_atomically(self.path / MANIFEST, _manifest_text(self.manifest))
+            write_atomically(self.path / MANIFEST, _text(self.manifest.to_json()))
 
     def finish(self, outputs: dict[str, Any]) -> None:
         """Closes the artefact: from now on it is complete, to every process of the run."""
-        self.manifest["outputs"] = outputs
-        self.manifest["complete"] = True
+        self.manifest.outputs = outputs
+        self.manifest.complete = True
         self.save()
         processes.barrier(f"finished {self.path}")
 

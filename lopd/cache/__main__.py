@@ -29,9 +29,9 @@ def _verify(args: argparse.Namespace) -> None:
 
     artefact = open_complete(args.dir, "the cache")
     count = reader.verify_records(artefact)
-    what = f"{count} records in {len(artefact.manifest['shards'])} shards"
-    if "worker" in artefact.manifest:
-        what = "part {}/{} of a cache, {}".format(*artefact.manifest["worker"], what)
+    what = f"{count} records in {len(artefact.manifest.shards)} shards"
+    if artefact.manifest.worker:
+        what = "part {}/{} of a cache, {}".format(*artefact.manifest.worker, what)
     print(f"{artefact.path}: {what}, all right")
 
 
@@ -55,7 +55,7 @@ def _show(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(source)
     except UserError:
         tokenizer = load_tokenizer(hugging_face.resolve_checkpoint(source))
-    made_with = artefact.manifest["settings"]["tokenizer"]
+    made_with = artefact.manifest.settings["tokenizer"]
     if tokenizer.fingerprint != made_with:
         raise UserError(
             f"tokenizer {source} has fingerprint {tokenizer.fingerprint}, {artefact.path} was made "

@@ -15,7 +15,7 @@ _ALIKE = ("stage", "settings", "inputs", "plan", "fields")
 
 def _check_alike(first: Artefact, other: Artefact) -> None:
     for key in _ALIKE:
-        if found := differences(first.manifest[key], other.manifest[key], key):
+        if found := differences(getattr(first.manifest, key), getattr(other.manifest, key), key):
             raise UserError(
                 f"{first.path} and {other.path} are not parts of one cache: {'; '.join(found)}"
             )
@@ -30,18 +30,18 @@ def _collect(parts: Sequence[Artefact]) -> dict[str, tuple[Artefact, dict]]:
     found: dict[str, tuple[Artefact, dict]] = {}
     for part in parts:
         _check_alike(parts[0], part)
-        for entry in part.manifest["shards"]:
+        for entry in part.manifest.shards:
             if entry["name"] in found:
                 raise UserError(
                     f"{found[entry['name']][0].path} and {part.path} hold the same prompts "
                     f"({entry['name']}): give each part once"
                 )
             found[entry["name"]] = (part, entry)
-    plan = parts[0].manifest["plan"]
+    plan = parts[0].manifest.plan
     count = -(-plan["requests"] // plan["records_per_shard"])
     missing = [i for i in range(count) if shard_name(i, count) not in found]
     if missing:
-        given = ", ".join("{}/{}".format(*part.manifest["worker"]) for part in parts)
+        given = ", ".join("{}/{}".format(*part.manifest.worker) for part in parts)
         raise UserError(
             f"{len(missing)} of {count} shards are missing, the first {missing[0]}: the parts "
             f"given are those of workers {given}; give the others too"
@@ -60,23 +60,23 @@ def merge(out: epath.PathLike, parts: Sequence[epath.PathLike]) -> Artefact:
     """
     opened = [open_complete(path, "the part to merge") for path in parts]
     for part in opened:
-        if "worker" not in part.manifest:
+        if not part.manifest.worker:
             raise UserError(f"{part.path} is no worker's part (made with --worker=i/N)")
     found = _collect(opened)
     first = opened[0].manifest
     artefact = Artefact(out)
     if artefact.complete:
         raise UserError(f"{artefact.path} is finished already: merge into another directory")
-    artefact.check("settings", first["settings"])
-    artefact.check("inputs", first["inputs"])
-    artefact.begin(first["stage"], first["settings"], first["inputs"])
-    artefact.manifest |= {"plan": first["plan"], "fields": first["fields"]}
-    listed = {entry["name"] for entry in artefact.manifest.get("shards", [])}
+    artefact.check("settings", first.settings)
+    artefact.check("inputs", first.inputs)
+    artefact.begin(first.stage, first.settings, first.inputs)
+    artefact.manifest.plan, artefact.manifest.fields = first.plan, first.fields
+    listed = {entry["name"] for entry in artefact.manifest.shards}
     for name in sorted(found.keys() - listed):
         part, entry = found[name]
         writer.copy_shard(artefact, part.path / name, entry)
-    artefact.manifest["seconds"] = sum(part.manifest["seconds"] for part in opened)
+    artefact.manifest.seconds = sum(part.manifest.seconds for part in opened)
     writer.write_metadata(artefact)
     costs = accounting.total(part.outputs.get("costs", {}) for part in opened)
-    artefact.finish({**first["outputs"], **writer.outputs(artefact), "costs": costs})
+    artefact.finish({**first.outputs, **writer.outputs(artefact), "costs": costs})
     return artefact

@@ -12,6 +12,7 @@ import pyarrow.parquet
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import Manifest
 from lopd.cache import reader, writer
 from lopd.cache.codec import content_digest, from_description
 from lopd.errors import UserError
@@ -39,17 +40,17 @@ def to_parquet(artefact: Artefact, file: epath.Path) -> None:
       UserError: if the cache is damaged.
     """
     reader.verify(artefact)
-    fields = artefact.manifest["fields"]
+    fields = artefact.manifest.fields
     table_schema = pyarrow.schema(
         [(name, _arrow_type(*kind)) for name, kind in fields.items()],
-        metadata={_MANIFEST: json.dumps(artefact.manifest)},
+        metadata={_MANIFEST: json.dumps(artefact.manifest.to_json())},
     )
     with (
         whole_file(file) as whole,
         whole.open("wb") as stream,
         pyarrow.parquet.ParquetWriter(stream, table_schema, compression="zstd") as table,
     ):
-        for shard in artefact.manifest["shards"]:
+        for shard in artefact.manifest.shards:
             records = reader.read_shard(artefact, shard["name"])
             columns = [
                 _column([r[name] for r in records], table_schema.field(name).type)
@@ -58,7 +59,7 @@ def to_parquet(artefact: Artefact, file: epath.Path) -> None:
             table.write_table(pyarrow.Table.from_arrays(columns, schema=table_schema))
 
 
-def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, dict]:
+def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, Manifest]:
     try:
         table = pyarrow.parquet.ParquetFile(file.open("rb"))
     except (OSError, pyarrow.ArrowInvalid) as error:
@@ -69,7 +70,10 @@ def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, dict]:
             f"{file} was not made by `python -m lopd.cache to-parquet`; the released code's files "
             "are read by import-released"
         )
-    return table, json.loads(manifest)
+    try:
+        return table, Manifest.from_json(json.loads(manifest))
+    except ValueError as error:
+        raise UserError(f"{file} holds another manifest than this code writes ({error})") from error
 
 
 def _records(table: pyarrow.Table, fields: dict) -> list[dict]:
@@ -95,19 +99,18 @@ def from_parquet(file: epath.Path, out: epath.PathLike) -> Artefact:
     artefact = Artefact(out)
     if artefact.complete:
         raise UserError(f"{artefact.path} is finished already: give another directory")
-    artefact.check("settings", original["settings"])
-    artefact.check("inputs", original["inputs"])
-    artefact.begin(original["stage"], original["settings"], original["inputs"])
-    fields, count = original["fields"], len(original["shards"])
-    for index, shard in enumerate(original["shards"]):
+    artefact.check("settings", original.settings)
+    artefact.check("inputs", original.inputs)
+    artefact.begin(original.stage, original.settings, original.inputs)
+    fields, count = original.fields, len(original.shards)
+    for index, shard in enumerate(original.shards):
         records = _records(table.read_row_group(index), fields)
         where = f"{file}, row group {index}"
         if f"{content_digest(records):064x}" != shard["content"]:
             raise UserError(f"{where}: its content is not what it was: the file is damaged")
         declared = from_description(fields)
         writer.write_shard(artefact, declared, index, count, records, shard["totals"])
-    artefact.manifest |= {key: original[key] for key in ("plan",) if key in original}
-    artefact.manifest["seconds"] = original["seconds"]
+    artefact.manifest.plan, artefact.manifest.seconds = original.plan, original.seconds
     writer.write_metadata(artefact)
-    artefact.finish(original["outputs"])
+    artefact.finish(original.outputs)
     return artefact

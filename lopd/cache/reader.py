@@ -37,18 +37,13 @@ def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
     Raises:
       UserError: naming the damaged files; or if this is one worker's part.
     """
-    if "worker" in artefact.manifest:
+    if artefact.manifest.worker:
         raise UserError(
             f"{artefact.path} is a worker's part of a cache: join the parts with "
             "python -m lopd.cache merge OUT PART..."
         )
-    shards = artefact.manifest["shards"]
-    _verify_files(artefact, files or artefact.path, [*shards, *_metadata(artefact)])
-
-
-def _metadata(artefact: Artefact) -> list[dict]:
-    """The manifest's entries of files other than shards; a worker's part has none."""
-    return artefact.manifest.get("metadata", [])
+    entries = [*artefact.manifest.shards, *artefact.manifest.metadata]
+    _verify_files(artefact, files or artefact.path, entries)
 
 
 def _verify_files(artefact: Artefact, files: epath.Path, entries: list[dict]) -> None:
@@ -80,9 +75,9 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     Raises:
       UserError: if the file is missing or damaged.
     """
-    entry = next(s for s in artefact.manifest["shards"] if s["name"] == name)
+    entry = next(s for s in artefact.manifest.shards if s["name"] == name)
     path = artefact.path / name
-    parse = parser(artefact.manifest["fields"])
+    parse = parser(artefact.manifest.fields)
     with _local(path) as file:
         if damage := _damage(file, entry):
             raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
@@ -104,9 +99,9 @@ def verify_records(artefact: Artefact) -> int:
     Raises:
       UserError: naming what is wrong.
     """
-    _verify_files(artefact, artefact.path, _metadata(artefact))
+    _verify_files(artefact, artefact.path, artefact.manifest.metadata)
     seen: set[tuple[int, int]] = set()
-    for shard in artefact.manifest["shards"]:
+    for shard in artefact.manifest.shards:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])
         for i, record in enumerate(records):
             check_record(record, f"{path}, record {i}")
@@ -120,7 +115,7 @@ def verify_records(artefact: Artefact) -> int:
         if len(records) != shard["records"] or digest != shard["content"]:
             raise UserError(f"{path}: {len(records)} records that are not those of the manifest")
     promised = artefact.outputs.get("responses", len(seen))
-    readable = len(seen) if "worker" in artefact.manifest else len(Records(artefact))
+    readable = len(seen) if artefact.manifest.worker else len(Records(artefact))
     if readable != len(seen) or len(seen) != promised:
         raise UserError(
             f"{artefact.path}: its shards hold {len(seen)} records, its metadata "
@@ -149,8 +144,8 @@ class Records:
         self._source = tfds.builder_from_directory(files).as_data_source(
             SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        self._parse = parser(artefact.manifest["fields"])
-        small = sum(shard["bytes"] for shard in artefact.manifest["shards"]) <= _HELD_BYTES
+        self._parse = parser(artefact.manifest.fields)
+        small = sum(shard["bytes"] for shard in artefact.manifest.shards) <= _HELD_BYTES
         self._held = [self._read(i) for i in range(len(self))] if small else None
 
     def __len__(self) -> int:

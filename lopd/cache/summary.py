@@ -111,13 +111,13 @@ def _ratio_lines(arrays: Arrays) -> list[str]:
 
 def _identity_lines(artefact: Artefact) -> list[str]:
     manifest, outputs = artefact.manifest, artefact.outputs
-    settings = manifest["settings"]
-    sampling = settings.get(manifest["stage"], {})
+    settings = manifest.settings
+    sampling = settings.get(manifest.stage, {})
     known = {k: v for k, v in sampling.items() if isinstance(v, int | float | str)}
     made = {k: v for k, v in outputs.items() if isinstance(v, str)}
     return [
-        f"{artefact.path}: {manifest['stage']}, {len(manifest['shards'])} shards, "
-        f"{sum(s['bytes'] for s in manifest['shards']) / 2**20:,.1f} MiB",
+        f"{artefact.path}: {manifest.stage}, {len(manifest.shards)} shards, "
+        f"{sum(s['bytes'] for s in manifest.shards) / 2**20:,.1f} MiB",
         "identity             " + "  ".join(f"{k} {v}" for k, v in made.items()),
         "settings             " + "  ".join(f"{k} {v}" for k, v in known.items()),
     ]

@@ -9,6 +9,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import FileEntry, ShardEntry
 from lopd.cache import totals
 from lopd.cache.codec import (
     content_digest,
@@ -55,13 +56,13 @@ def _write_records(path: epath.Path, serialized: Sequence[bytes]) -> None:
     sync(path)
 
 
-def _entry(path: epath.Path) -> dict:
+def _entry(path: epath.Path) -> FileEntry:
     return {"bytes": path.stat().length, "sha256": file_sha256(path)}
 
 
-def _list(artefact: Artefact, entry: dict) -> None:
-    shards = [s for s in artefact.manifest.get("shards", []) if s["name"] != entry["name"]]
-    artefact.manifest["shards"] = sorted([*shards, entry], key=lambda s: s["name"])
+def _list(artefact: Artefact, entry: ShardEntry) -> None:
+    shards = [s for s in artefact.manifest.shards if s["name"] != entry["name"]]
+    artefact.manifest.shards = sorted([*shards, entry], key=lambda s: s["name"])
     artefact.save()
 
 
@@ -88,11 +89,11 @@ def write_shard(
     with whole_file(path) as file:
         _write_records(file, serialized)
         entry = _entry(file)
-    artefact.manifest["fields"] = describe(fields)
+    artefact.manifest.fields = describe(fields)
     _list(artefact, entry | about)
 
 
-def copy_shard(artefact: Artefact, source: epath.Path, entry: dict) -> None:
+def copy_shard(artefact: Artefact, source: epath.Path, entry: ShardEntry) -> None:
     """Copies a shard of another artefact, whose manifest's `entry` it is, and lists it.
 
     Raises:
@@ -157,26 +158,26 @@ class ShardWriter:
 
 def content_fingerprint(artefact: Artefact) -> str:
     """16 hex digits that identify a cache's records, independent of order and sharding."""
-    total = sum(int(shard["content"], 16) for shard in artefact.manifest["shards"]) % 2**256
+    total = sum(int(shard["content"], 16) for shard in artefact.manifest.shards) % 2**256
     return f"{total:064x}"[:16]
 
 
 def outputs(artefact: Artefact) -> dict:
     """What the shards that a manifest lists amount to, and their identity."""
-    summed = totals.add(artefact.manifest["shards"])
+    summed = totals.add(artefact.manifest.shards)
     return {**totals.report(summed), "fingerprint": content_fingerprint(artefact)}
 
 
 def missing_shards(artefact: Artefact, count: int) -> list[int]:
     """The shards, of `count`, that the manifest does not list yet."""
-    listed = {shard["name"] for shard in artefact.manifest.get("shards", [])}
+    listed = {shard["name"] for shard in artefact.manifest.shards}
     return [i for i in range(count) if shard_name(i, count) not in listed]
 
 
 def write_metadata(artefact: Artefact) -> None:
     """Adds the TFDS files once all shards are there, and lists them, so that TFDS opens it."""
-    shards = artefact.manifest["shards"]
-    fields = from_description(artefact.manifest["fields"])
+    shards = artefact.manifest.shards
+    fields = from_description(artefact.manifest.fields)
     tfds.folder_dataset.write_metadata(
         data_dir=artefact.path,
         features=features(fields),
@@ -189,7 +190,7 @@ def write_metadata(artefact: Artefact) -> None:
     )
     for name in METADATA:
         sync(artefact.path / name)
-    artefact.manifest["metadata"] = [
+    artefact.manifest.metadata = [
         {"name": name, **_entry(artefact.path / name)} for name in METADATA
     ]
     artefact.save()

@@ -1,15 +1,15 @@
 """The settings of a run, and the table of its stages: pure data, below everything else."""
 
 from lopd.config.catalogue import DEFAULT_STAGES, STAGES
-from lopd.config.paper import paper_config
-from lopd.config.settings import (
-    MATH_PROMPT,
+from lopd.config.config_dict import (
     base_config,
     model_section,
     read_settings,
     sampling_section,
     training_recipe,
 )
+from lopd.config.paper import paper_config
+from lopd.config.settings import MATH_PROMPT
 
 __all__ = [
     "DEFAULT_STAGES",

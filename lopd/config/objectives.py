@@ -1,4 +1,4 @@
-"""What each objective of `opd` is called by name in the settings, and what its loss is."""
+"""The objectives of `opd` by their names in the settings: title and unit of the loss."""
 
 from typing import NamedTuple
 

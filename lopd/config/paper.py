@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from lopd.config.settings import base_config, training_recipe
+from lopd.config.config_dict import base_config, training_recipe
 
 
 def paper_config() -> ml_collections.ConfigDict:

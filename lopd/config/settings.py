@@ -1,8 +1,8 @@
 """Every setting of a run: its type, its default, what it may be, and what it means.
 
-The dataclasses here are what the code works with. `base_config` makes of them the ConfigDict that
-config files change and the command line overrides; `read_settings` makes the frozen dataclasses of
-that again, and nothing below the commands sees a ConfigDict. `None` stands for off, or for all, or
+The dataclasses here are what the code works with. `lopd.config.config_dict` makes of them the
+ConfigDict that config files change and the command line overrides, and the frozen dataclasses of
+that again; nothing below the commands sees a ConfigDict. `None` stands for off, or for all, or
 for "as it fits", as each setting says; a number means that number.
 
 Sections named after a stage belong to that stage. `runtime`, `mesh` and `metrics` hold what may
@@ -12,14 +12,8 @@ part of a stage's identity. Rules that concern one setting stand beside it, rule
 """
 
 import dataclasses
-import functools
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
-
-import ml_collections
-from ml_collections import config_dict
 
 from lopd.config.domains import (
     BELOW_1,
@@ -33,7 +27,7 @@ from lopd.config.domains import (
     one_of,
     setting,
 )
-from lopd.errors import UserError
+from lopd.config.objectives import LOSSES
 
 MATH_PROMPT = (
     r"Question: {problem} Please reason step by step, and put your final answer within \boxed{}."
@@ -199,7 +193,7 @@ class OpdSettings(TrainingRecipe):
     """A finished `precompute` directory to use instead of this run's."""
     records: int | None = setting(None, POSITIVE)
     """Train on this many records, the first of the cache; None: all."""
-    objective: str = "log_ratio"
+    objective: str = setting("log_ratio", one_of(*LOSSES))
     """The method; on the teacher's top-K "forward_kl", "reverse_kl" or "jensen_shannon"; as
     controls "fixed_advantage" and "cross_entropy"."""
     tau: float = setting(10.0, POSITIVE)
@@ -332,120 +326,3 @@ class Settings:
     mesh: MeshSettings = MeshSettings()
     metrics: MetricsSettings = MetricsSettings()
     runtime: RuntimeSettings = RuntimeSettings()
-
-
-# The ConfigDict of config files and the command line, and back.
-
-
-def _placeholder(annotation: Any) -> config_dict.FieldReference:
-    """An unset entry of a type, as `int | None` says it."""
-    (kind,) = (a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return config_dict.placeholder(typing.get_origin(kind) or kind)
-
-
-def _config_dict(section: Any) -> ml_collections.ConfigDict:
-    hints = typing.get_type_hints(type(section))
-    entries = {}
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            value = _config_dict(value)
-        elif value is None:
-            value = _placeholder(hints[field.name])
-        elif isinstance(value, Mapping):
-            value = ml_collections.ConfigDict(dict(value))
-        entries[field.name] = value
-    return ml_collections.ConfigDict(entries)
-
-
-def base_config() -> ml_collections.ConfigDict:
-    """Every setting there is, with its default. Config files fill in what is None or empty."""
-    return _config_dict(Settings())
-
-
-def training_recipe(**changes: Any) -> ml_collections.ConfigDict:
-    """A `TrainingRecipe` to update the section of a training stage with."""
-    return _config_dict(TrainingRecipe(**changes))
-
-
-def sampling_section(**changes: Any) -> ml_collections.ConfigDict:
-    """A `SamplingSettings` to update the section of a sampling stage with."""
-    return _config_dict(SamplingSettings(**changes))
-
-
-def model_section(**shape: Any) -> ml_collections.ConfigDict:
-    """A model's shape, with the field names of Hugging Face's config.json."""
-    return ml_collections.ConfigDict(shape)
-
-
-def read_settings(config: ml_collections.ConfigDict) -> Settings:
-    """The settings that a ConfigDict holds, each within its domain.
-
-    Raises:
-      UserError: one line that names the setting, its value and what it must be.
-    """
-    return _read(Settings, config.to_dict(), "")
-
-
-def read_key(settings: Settings, key: str) -> Any:
-    """The setting of a dotted key, as "teacher.checkpoint"."""
-    return functools.reduce(getattr, key.split("."), settings)
-
-
-def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """A copy of settings with some of them changed, by dotted key.
-
-    Raises:
-      UserError: naming the setting, if there is none of that name, or its value cannot be.
-    """
-    values = dataclasses.asdict(settings)
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            target = target.get(section)
-            if not isinstance(target, dict):
-                break
-        if not isinstance(target, dict) or name not in target:
-            raise UserError(f"there is no setting {key}")
-        target[name] = value
-    return _read(Settings, values, "")
-
-
-def _read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints, found = typing.get_type_hints(kind), {}
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{prefix}{name}: there is no such setting")
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            found[name] = _read(hints[name], value, f"{prefix}{name}.")
-        else:
-            metadata = fields[name].metadata
-            found[name] = _checked(value, hints[name], metadata, f"{prefix}{name}")
-    return kind(**found)
-
-
-def _checked(value: Any, annotation: Any, metadata: Mapping, name: str) -> Any:
-    """A value of the annotated type within its domain; ints and lists become floats and tuples."""
-    alternatives = (annotation,)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        alternatives = typing.get_args(annotation)
-    kinds = [typing.get_origin(a) or a for a in alternatives]
-    if value is None:
-        if types.NoneType not in kinds:
-            raise UserError(f"{name}=None: it must be set")
-        return None
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if tuple in kinds and isinstance(value, list):
-        value = tuple(value)
-    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(k.__name__ for k in kinds if k is not types.NoneType)
-        raise UserError(f"{name}={value!r} must be of type {wanted}")
-    domain: Domain | None = metadata.get("domain")
-    if domain and not domain.holds(value):
-        off = ", or None" if types.NoneType in kinds else ""
-        raise UserError(f"{name}={value!r} must {domain.text}{off}")
-    return value

@@ -36,7 +36,7 @@ def repeated_shares(responses: Sequence[np.ndarray]) -> list[float]:
 
 
 def _stats(records: Sequence[dict], lengths: np.ndarray) -> np.ndarray:
-    """What each record, of `record_length` lengths[i], adds to `response_stats`."""
+    """Each record's share, its `record_length` being lengths[i], of `response_stats`."""
     prompts, responses = lengths[:, 0], lengths[:, 1]
     positions = prompts + responses - 1
     cut = [not record.get("finished", True) for record in records]
@@ -157,7 +157,7 @@ class StepBatches:
     def reader(
         self, start: int, stop: int, put: Callable[[Batch], Any]
     ) -> Callable[[int, Any], tuple[Any, dict]]:
-        """What the training loop calls with each of the steps start … stop − 1 and its parameters.
+        """A function of each of the steps start … stop − 1 and its parameters, for the loop.
 
         It gives the step's batch, `put` on the devices, and what is to be noted of how it was made:
         here nothing.

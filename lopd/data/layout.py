@@ -41,7 +41,7 @@ class Layout:
     reduction: str
     """How token losses add up (`lopd.data.selection.token_weights`)."""
     token_fields: tuple[str | TokenField, ...] = ()
-    """What a loss reads of a record beside its tokens, as in `lopd.data.packing.pack`."""
+    """Fields of a record that a loss reads beside its tokens (`lopd.data.packing.pack`)."""
     selection: TokenSelection = ALL_TOKENS
     """Which tokens are trained on."""
     rows: tuple[int, ...] | None = None
@@ -79,7 +79,7 @@ class MicroBatch:
     response_stats: Array
     """float32 [rows, len(RESPONSE_STATS)], sums over the responses of each row."""
     fields: dict[str, Array]
-    """What losses read by name: [rows, T], or [rows, T, width], as `Layout.token_fields` says."""
+    """Arrays that losses read by name, as in `Layout.token_fields`: [rows, T (, width)]."""
 
 
 @flax.struct.dataclass

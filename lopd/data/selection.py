@@ -45,14 +45,14 @@ class TokenSelection:
     """
 
     position_fraction: float = 1.0
-    """Only the first so much of each response (arXiv 2606.22600)."""
+    """The fraction of each response that may be trained on, its beginning (arXiv 2606.22600)."""
     entropy_fraction: float = 1.0
-    """Of these, only the so much with the highest entropy (arXiv 2604.14084)."""
+    """The fraction of these that is trained on, those of highest entropy (arXiv 2604.14084)."""
     masked_ids: tuple[int, ...] = ()
     """Token ids that are never trained on."""
 
     def mask(self, response_tokens: np.ndarray) -> np.ndarray:
-        """What may be trained on of a response, bool [R]."""
+        """Which tokens of a response may be trained on, bool [R]."""
         keep = np.ones(len(response_tokens), bool)
         for token in self.masked_ids:
             keep &= response_tokens != token

@@ -61,7 +61,7 @@ SCHEMAS = (
     Columns("Problem", answer="Answer"),
     Columns("question", answer="answer"),
 )
-"""What is recognised without a column map: the first whose prompt and answer are there, or, if
+"""Schemas recognised without a column map: the first whose prompt and answer are there, or, if
 there is none, the first whose prompt is."""
 
 

@@ -171,7 +171,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for name, content in self.files.items():
                 (epath.Path(copy) / name).write_bytes(content)
             try:
-                # This class takes tokenizer.json as it is; the per-model ones rebuild parts of it.
+                # This class takes tokenizer.json as it is; the per-model ones rebuild parts.
                 return PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)
             except Exception as error:  # the Rust reader raises plain Exception
                 raise UserError(

@@ -41,7 +41,7 @@ def kl_k3(log_ratio: jax.Array) -> jax.Array:
 def teacher_diagnostics(
     scores: TokenScores, batch: MicroBatch, difference: jax.Array, tau: float
 ) -> dict[str, jax.Array]:
-    """What every objective of OPD reports, whatever it minimises.
+    """Diagnostics that every objective of OPD reports, whatever it minimises.
 
     Args:
       difference: [B, T], how far the sampled token's log-probability is from its target, in nats;

@@ -23,7 +23,7 @@ import numpy as np
 from lopd.errors import UserError
 
 PRIOR_TOKENS = 10.0
-"""The mean of all counts, in every other mean, as so many tokens."""
+"""Tokens that the mean of all counts for in every other mean."""
 POSITIONS = 20
 """Bins of the position, each twice as long as the one before: 0, 1–2, 3–6, 7–14, …"""
 SURPRISAL_EDGES = np.array([0.001, 0.01, 0.1, 0.3, 1.0, 2.0, 4.0])

@@ -1,4 +1,4 @@
-"""What the step itself adds to token weights: the tokens of highest entropy, importance weights."""
+"""Token weights that only the step can know: the tokens of highest entropy, importance weights."""
 
 import jax
 import jax.numpy as jnp

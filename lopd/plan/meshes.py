@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, AxisType
 
-from lopd.config.settings import Settings, changed
+from lopd.config.settings import Settings
+from lopd.config.values import changed
 from lopd.errors import UserError
 from lopd.machine import sharding
 from lopd.models.memory import GIB

@@ -8,7 +8,8 @@ from jax.stages import Lowered
 
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, StageInfo
-from lopd.config.settings import Settings, read_key
+from lopd.config.settings import Settings
+from lopd.config.values import read_key
 from lopd.errors import UserError
 from lopd.models.decoder import DecoderConfig
 from lopd.models.presets import PRESETS

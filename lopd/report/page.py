@@ -21,6 +21,8 @@ _HERE = epath.resource_path("lopd") / "report"
 def _leaves(stage: Stage) -> list[str]:
     """What a stage has made so far, in a few words."""
     parts = []
+    if stage.manifest is None:
+        return parts
     if stage.name in TRAINING and stage.metrics:
         done = stage.metrics[-1]["step"]
         parts.append(
@@ -29,18 +31,18 @@ def _leaves(stage: Stage) -> list[str]:
         tokens = sum(row.get("tokens", 0) for row in stage.metrics)
         if tokens:
             parts.append(f"{number(tokens)} tokens")
-    rounds = [str(entry["start"]) for entry in stage.manifest.get("rounds", [])]
+    rounds = [str(entry["start"]) for entry in stage.manifest.rounds]
     if rounds:
         parts.append(f"cache refreshed after step {', '.join(rounds)}")
-    totals = stage.outputs if "tokens" in stage.outputs else stage.manifest.get("totals")
+    totals = stage.outputs if "tokens" in stage.outputs else None
     if totals and totals.get("responses"):
         parts.append(f"{number(totals['responses'])} responses")
         parts.append(f"{number(totals['tokens'])} tokens")
         parts.append(f"{100 * totals['finished'] / totals['responses']:.1f} % finished")
     if stage.outputs.get("source"):
         parts.append(f"from {stage.outputs['source']}")
-    if stage.name == "eval" and stage.manifest.get("results"):
-        parts.append(f"{len(stage.manifest['results'])} models")
+    if stage.name == "eval" and stage.manifest.results:
+        parts.append(f"{len(stage.manifest.results)} models")
     gap = stage.outputs.get("sampler_scorer_gap")
     if gap:
         parts.append(f"sampler and scorer differ by {gap['max']:.1g} nats at most")
@@ -56,7 +58,7 @@ def _leaves(stage: Stage) -> list[str]:
 def _reads(run: Run, stage: Stage) -> list[dict]:
     """The inputs of a stage, and whether this run's artefact of that name is what was read."""
     found = []
-    for name, fingerprint in stage.manifest.get("inputs", {}).items():
+    for name, fingerprint in stage.inputs.items():
         here = run.stages[name].outputs.get("fingerprint") if name in run.stages else None
         state = "elsewhere" if here is None else "same" if here == fingerprint else "changed"
         found.append({"name": name, "fingerprint": fingerprint, "state": state})
@@ -72,11 +74,11 @@ def _shown(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _stage_cards(run: Run, shown: Sequence[str]) -> list[dict]:
-    total = sum(stage.manifest.get("seconds", 0) for stage in run.stages.values())
+def _stage_cards(run: Run) -> list[dict]:
+    total = sum(stage.seconds for stage in run.stages.values())
     cards = []
-    for stage in (run.stages[name] for name in shown):
-        seconds = stage.manifest.get("seconds", 0)
+    for stage in _shown(run):
+        seconds = stage.seconds
         cards.append(
             {
                 "name": stage.name,
@@ -143,7 +145,7 @@ def _headline(run: Run) -> list[dict]:
         )  # fmt: skip
     there = [stage for stage in run.stages.values() if stage.state != "absent"]
     done = f"{sum(stage.state == 'complete' for stage in there)} of {len(there)}"
-    seconds = sum(stage.manifest.get("seconds", 0) for stage in there)
+    seconds = sum(stage.seconds for stage in there)
     found.append(
         {"label": "Time of all stages", "value": duration(seconds), "unit": "",
          "detail": f"{done} stages complete"}
@@ -232,7 +234,7 @@ def _run(run: Run, colour: int, shown: Sequence[str]) -> dict:
 
 def _versions(runs: Sequence[Run]) -> list[str]:
     manifests = [stage.manifest for run in runs for stage in run.stages.values()]
-    return sorted({m["code_version"] for m in manifests if m.get("code_version")})
+    return sorted({m.code_version for m in manifests if m})
 
 
 def render(runs: Sequence[Run]) -> str:

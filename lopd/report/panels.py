@@ -187,11 +187,17 @@ def _with_loss_name(panel: Panel, runs: Sequence[Run], stage: str) -> Panel:
     """The panel of the loss says which loss it is: that of each objective there is."""
     if panel.y_label:
         return panel
-    sections = [run.stages[stage].manifest.get("settings", {}).get("opd", {}) for run in runs]
+    sections = [run.stages[stage].settings.get("opd", {}) for run in runs]
     objectives = dict.fromkeys(x["objective"] for x in sections if "objective" in x)
     known = [LOSSES[name] for name in objectives if name in LOSSES]
     label = " or ".join(dict.fromkeys(f"{loss.title}, {loss.unit}" for loss in known))
     return dataclasses.replace(panel, y_label=label or "loss")
+
+
+def stage_panels(runs: Sequence[Run], stage: str) -> list[Panel]:
+    """What is shown of a training stage's model, each panel with its labels."""
+    chosen = {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
+    return [_with_loss_name(panel, runs, stage) for panel in chosen]
 
 
 def stage_plots(
@@ -203,10 +209,9 @@ def stage_plots(
     With several runs, each metric has a plot of its own and each run a colour.
     """
     plots, missing = [], []
-    chosen = _RUNNING if running else {"opd": OPD, "online": ONLINE}.get(stage, FINE_TUNING)
+    chosen = _RUNNING if running else stage_panels(runs, stage)
     key = f"{stage}-r" if running else stage
     for number, panel in enumerate(chosen):
-        panel = _with_loss_name(panel, runs, stage)
         groups = [panel.metrics] if len(runs) == 1 else [(metric,) for metric in panel.metrics]
         drawn = [
             _panel_plot(runs, stage, panel, group, f"{key}{number}-{i}")

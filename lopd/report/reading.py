@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import Manifest
 from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
@@ -27,20 +28,35 @@ class Stage:
     name: str
     """As in `lopd.config.catalogue`."""
     state: str = "absent"
-    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    manifest: Manifest | None = None
     metrics: list[dict] = dataclasses.field(default_factory=list)
     failure: dict[str, Any] | None = None
 
     @property
     def outputs(self) -> dict[str, Any]:
         """What the manifest records of a finished stage; empty before."""
-        return self.manifest.get("outputs", {})
+        return self.manifest.outputs if self.manifest else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that it was made with; empty before."""
+        return self.manifest.settings if self.manifest else {}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The fingerprints of what it has read; empty before."""
+        return self.manifest.inputs if self.manifest else {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time that it has taken so far."""
+        return self.manifest.seconds if self.manifest else 0.0
 
     @property
     def steps(self) -> int | None:
         """Training steps that were asked for."""
         section = stage_info(self.name).settings_section
-        return self.manifest.get("settings", {}).get(section, {}).get("steps")
+        return self.settings.get(section, {}).get("steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +146,7 @@ def _read_failure(path: epath.Path, notes: list[str]) -> dict[str, Any] | None:
 
 def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[dict, str]:
     """The accuracies in summary.json, or those that an unfinished evaluation has so far."""
-    split = stage.manifest.get("settings", {}).get("eval", {}).get("split", "")
+    split = stage.settings.get("eval", {}).get("split", "")
     path = folder / "summary.json"
     if path.exists():
         try:
@@ -138,7 +154,7 @@ def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[d
             return summary["models"], summary.get("split", split)
         except (ValueError, KeyError):
             notes.append("eval/summary.json cannot be read; delete it and run eval again")
-    return stage.manifest.get("results", {}), split
+    return stage.manifest.results if stage.manifest else {}, split
 
 
 def read_run(workdir: epath.PathLike, label: str) -> Run:
@@ -156,7 +172,7 @@ def read_run(workdir: epath.PathLike, label: str) -> Run:
         raise UserError(f"{path}: no stage of a run is in it; give the --workdir of a run")
     settings: dict[str, Any] = {}
     for name, stage in stages.items():
-        own = stage.manifest.get("settings", {})
+        own = stage.settings
         settings |= flatten(own, f"{name}." if "checkpoint" in own else "")  # an adopted one
     results, split = _read_results(path / "eval", stages["eval"], notes)
     responses = {}

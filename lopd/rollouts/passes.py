@@ -240,7 +240,7 @@ class _Spent:
             costs["sampling"] = accounting.forward([sampled_by], records, began - self._last)
         self._last = now
         manifest = self._artefact.manifest
-        manifest["costs"] = accounting.total([manifest.get("costs", {}), costs])
+        manifest.costs = accounting.total([manifest.costs, costs])
 
 
 def _scored(
@@ -288,7 +288,7 @@ def _sampling_pass(
 def _teacher_pass(job: Job, artefact: Artefact, plan: stream.Plan, sampled: Artefact) -> None:
     """The teacher scores the shards that π_ref has sampled."""
     dispatch = job.teacher.dispatcher(job.teacher.load())
-    counted = {shard["name"]: shard["totals"] for shard in sampled.manifest["shards"]}
+    counted = {shard["name"]: shard["totals"] for shard in sampled.manifest.shards}
     spent = _Spent(artefact)
 
     def score(name: str) -> stream.Finish:
@@ -340,7 +340,7 @@ def sample_and_score(job: Job, artefact: Artefact, requests: Sequence[Request]) 
     if plan.missing and sampled.manifest is None and _fits_together(job):
         _sampling_pass(job, artefact, plan, job.teacher.load())
     elif plan.missing:
-        sampled.begin(SAMPLED, artefact.manifest["settings"], artefact.manifest["inputs"])
+        sampled.begin(SAMPLED, artefact.manifest.settings, artefact.manifest.inputs)
         todo = set(planned(sampled).missing) & {*plan.missing}
         first = dataclasses.replace(plan, missing=sorted(todo))
         if first.missing:
@@ -348,9 +348,9 @@ def sample_and_score(job: Job, artefact: Artefact, requests: Sequence[Request]) 
             processes.barrier(f"{sampled.path} written")
             sampled.reload()
         _teacher_pass(job, artefact, plan, sampled)
-    costs = [a.manifest.get("costs", {}) for a in (artefact, sampled) if a.manifest]
+    costs = [a.manifest.costs for a in (artefact, sampled) if a.manifest]
     if processes.is_main() and sampled.path.exists():
         sampled.path.rmtree()
     outputs = stream.finish(artefact)
-    artefact.manifest.pop("costs", None)
+    artefact.manifest.costs = {}  # they stand in the outputs now
     return {**outputs, "costs": accounting.total(costs)}

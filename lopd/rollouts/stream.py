@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import PlanEntry
 from lopd.cache import writer
 from lopd.errors import UserError
 from lopd.machine import processes
@@ -72,18 +73,15 @@ def make_plan(
         workers than shards.
     """
     # A continued run keeps the shard size it began with: the shards' names depend on it.
-    plan = artefact.manifest.setdefault(
-        "plan",
-        {
-            "requests": len(requests),
-            "prompts": _digest(requests),
-            "records_per_shard": records_per_shard,
-        },
+    digest = _digest(requests)
+    plan = artefact.manifest.plan or PlanEntry(
+        requests=len(requests), prompts=digest, records_per_shard=records_per_shard
     )
-    if plan["prompts"] != _digest(requests):
+    artefact.manifest.plan = plan
+    if plan["prompts"] != digest:
         raise UserError(
             f"{artefact.path} was begun with other prompts ({plan['requests']} of digest "
-            f"{plan['prompts']}, now {len(requests)} of {_digest(requests)}): restore their "
+            f"{plan['prompts']}, now {len(requests)} of {digest}): restore their "
             f"source, or delete {artefact.path}"
         )
     plan = Plan(requests, plan["records_per_shard"], ())
@@ -95,7 +93,7 @@ def make_plan(
                 f"--worker={index}/{workers}: {len(requests)} responses are only {plan.count} "
                 f"shards; use fewer workers, or lower runtime.records_per_shard={plan.per_shard}"
             )
-        artefact.manifest["worker"] = [*worker]
+        artefact.manifest.worker = worker
         mine = mine[plan.count * index // workers : plan.count * (index + 1) // workers]
     missing = writer.missing_shards(artefact, plan.count)
     return dataclasses.replace(plan, missing=[i for i in missing if i in mine])
@@ -161,7 +159,7 @@ def write_responses(
 
 def finish(artefact: Artefact) -> dict:
     """Makes the shards a dataset, unless they are a worker's part; returns what they amount to."""
-    if "worker" not in artefact.manifest and processes.is_main():
+    if not artefact.manifest.worker and processes.is_main():
         writer.write_metadata(artefact)
     processes.barrier(f"{artefact.path} written")
     artefact.reload()

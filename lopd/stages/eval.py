@@ -154,7 +154,7 @@ def _grade(run: Run, artefact: Artefact, name: str) -> dict:
 
 def evaluate(run: Run, artefact: Artefact) -> dict:
     """Evaluates each model, remembering those an interrupted run has finished."""
-    results = artefact.manifest.setdefault("results", {})
+    results = artefact.manifest.results
     for name in inputs(run):
         if name not in results:
             results[name] = _grade(run, artefact, name)

@@ -10,9 +10,6 @@ from lopd.errors import UserError
 from lopd.objectives import sampled, token_weights
 from lopd.objectives.divergences import DIVERGENCES, top_k_divergence
 
-OBJECTIVES = ("log_ratio", *DIVERGENCES, "fixed_advantage", "cross_entropy")
-"""What `opd.objective` may be."""
-
 
 def needs_top_k(recipe: OpdSettings) -> bool:
     """Whether the objective compares distributions, and so needs the teacher's top-K."""
@@ -112,7 +109,6 @@ def check_objective(recipe: OpdSettings) -> None:
     is_method = recipe.objective == "log_ratio"
     unless_method = "unless opd.objective=log_ratio"
     rules = (
-        ("objective", recipe.objective in OBJECTIVES, f"be one of {', '.join(OBJECTIVES)}"),
         ("extrapolation", is_method or recipe.extrapolation == 1, f"be 1 {unless_method}"),
         (
             "residual_folds",

@@ -45,10 +45,10 @@ def inputs(run: Run) -> dict:
             f"the cache {cache.path} was sampled from student {sampled}, but OPD would start "
             f"from {start} ({sft.path}): give the cache of this student, or its checkpoint"
         )
-    if cache.manifest["settings"]["tokenizer"] != run.tokenizer.fingerprint:
+    if cache.manifest.settings["tokenizer"] != run.tokenizer.fingerprint:
         raise UserError(
             f"the cache {cache.path} was made with tokenizer "
-            f"{cache.manifest['settings']['tokenizer']}, the run's is {run.tokenizer.fingerprint}"
+            f"{cache.manifest.settings['tokenizer']}, the run's is {run.tokenizer.fingerprint}"
         )
     found = {"sft": start, "precompute": cache.outputs["fingerprint"]}
     return found | refresh.inputs(run)
@@ -67,11 +67,11 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     stored, where = to_be_made, "the cache to be made"
     if run.exists("precompute"):
         cache = run.input("precompute")
-        stored, where = stored_top_k(cache.manifest["fields"]), str(cache.path)
+        stored, where = stored_top_k(cache.manifest.fields), str(cache.path)
     token_fields(recipe, stored, where)
     used = recipe.top_k or stored
     if run.exists("heldout"):
-        held = stored_top_k(run.input("heldout").manifest["fields"])
+        held = stored_top_k(run.input("heldout").manifest.fields)
     else:
         held = to_be_made if "heldout" in stages else used
     if held < used:
@@ -108,7 +108,7 @@ def train(run: Run, artefact: Artefact) -> dict:
     recipe, precompute = run.settings.opd, run.input("precompute")
     cache = Records(precompute)
     source, transform = record_source(run, cache)
-    stored = stored_top_k(precompute.manifest["fields"])
+    stored = stored_top_k(precompute.manifest.fields)
     contents = batch_contents(recipe, run.tokenizer, stored, str(precompute.path))
     batches = training.make_batches(run, source, recipe, "opd", **contents)
     objective = make_objective(recipe)

@@ -2,7 +2,7 @@
 
 Every round is a cache of its own under the artefact, rounds/001 and so on, with a held-out slice
 beside it where that stage has run, so that the effective sample size is again that against the
-policy which sampled. `manifest["rounds"]` of the artefact says after which step each began, and
+policy which sampled. `rounds` in the artefact's manifest says after which step each began, and
 why: an interrupted run goes on with the same ones.
 """
 
@@ -77,7 +77,7 @@ class CacheRounds:
 
     @property
     def _begun(self) -> list[dict]:
-        return self.artefact.manifest.setdefault("rounds", [])
+        return self.artefact.manifest.rounds
 
     def due(self, step: int, heldout: dict | None) -> bool:
         """Whether a round begins after this step: as recorded, or else as the settings say."""

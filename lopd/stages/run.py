@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import CATALOGUE, TEACHER
-from lopd.config.settings import Settings, read_key
+from lopd.config.settings import Settings
+from lopd.config.values import read_key
 from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.models.decoder import DecoderConfig

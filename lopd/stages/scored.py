@@ -155,7 +155,7 @@ def make_scored(
     )
     return {
         **sample_and_score(job, artefact, requests),
-        **{name: artefact.manifest["inputs"][name] for name in ("teacher", "sft")},
+        **{name: artefact.manifest.inputs[name] for name in ("teacher", "sft")},
         "sft_teacher": run.input("sft").outputs["teacher"],
         "tokenizer": run.tokenizer_source,
     }

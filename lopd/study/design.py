@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
-from lopd.config.settings import Settings, changed
+from lopd.config.settings import Settings
+from lopd.config.values import changed
 from lopd.errors import UserError
 
 

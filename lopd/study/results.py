@@ -72,7 +72,7 @@ def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
             for name, test in tests.items()
         },
         **(_training(artefacts[arm.student]) if trained else {}),
-        "seconds": {name: artefact.manifest["seconds"] for name, artefact in artefacts.items()},
+        "seconds": {name: artefact.manifest.seconds for name, artefact in artefacts.items()},
         "costs": {
             name: artefacts[name].outputs["costs"]
             for name in _costs_of(arm)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from lopd import preflight
 from lopd.artefacts.artefact import Artefact
-from lopd.config.settings import changed
+from lopd.config.values import changed
 from lopd.errors import UserError
 from lopd.machine import shutdown
 from lopd.stages.run import Run

@@ -24,7 +24,7 @@ class Problem:
     messages: Messages
     """The turns before the assistant's."""
     reference: Any = None
-    """What its task's grader compares with; nobody else reads it."""
+    """For its task's grader, which alone reads this, to compare with."""
     response: str | None = None
     """A worked answer, or the response that came with the prompt."""
 
@@ -47,7 +47,7 @@ class Verdict:
 
 
 class Task(Protocol):
-    """What the stages ask of a task."""
+    """The calls that stages make of a task."""
 
     name: str
     """As `task.name` has it."""

@@ -21,7 +21,7 @@ from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 from lopd.tasks import Problem, Verdict
 
-# Disjoint regions of the space of problems, as fractions of it. `dev` is for tuning settings,
+# Disjoint regions of the space of problems, as fractions. `dev` is for tuning settings,
 # `test` for reported figures.
 SPLITS = {
     "teacher": (0.0, 0.5),

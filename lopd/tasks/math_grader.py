@@ -18,7 +18,7 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def boxed_answer(response: str) -> str | None:
-    r"""What the last `\boxed{…}` holds, after the thinking if there is any; None without one."""
+    r"""The content of the last `\boxed{…}` behind any thinking; None without one."""
     response = response.rpartition("</think>")[2]
     _, box, rest = response.rpartition(r"\boxed{")
     if not box:

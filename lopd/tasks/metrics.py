@@ -96,7 +96,8 @@ def summarize(correct: np.ndarray, labels: Labels, ungraded: np.ndarray | None =
       correct: bool [problems, samples], False where there is no verdict.
       labels: of each answer, as `lopd.tasks.Verdict.label`.
       ungraded: bool [problems, samples], where there is no verdict (`Verdict.ungraded`); by default
-        nowhere. Their number stands beside the figures, because accuracy may be so much higher.
+        nowhere. Their number stands beside the figures, because accuracy may be that
+        much higher.
 
     Raises:
       ValueError: if an answer is both correct and ungraded.

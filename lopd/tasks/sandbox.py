@@ -112,7 +112,7 @@ class Sandbox:
         return None
 
     def _read_line(self, deadline: float) -> bytes:
-        """What the process writes up to a line's end, its own end, or the deadline."""
+        """The process's output up to a line's end, its own end, or the deadline."""
         line, output = b"", self._process.stdout.fileno()
         with selectors.DefaultSelector() as ready:
             ready.register(output, selectors.EVENT_READ)

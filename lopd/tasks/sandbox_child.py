@@ -3,7 +3,7 @@
     python -P sandbox_child.py WORKER SECONDS START_SECONDS MEMORY_BYTES
 
 Loads the Python file WORKER, writes {} and from then on reads one JSON line at a time and writes
-what its function `answer` makes of it. Ends when its input does.
+the reply of its function `answer`. Ends when its input does.
 
 A request that takes more than SECONDS ends the process. The alarm has no handler, so the kernel
 does it, also in the middle of a long operation of the interpreter, and when the parent is gone.

@@ -1,4 +1,4 @@
-"""What a run is judged by while it trains: scalars of each step and, now and then, the drift panel.
+"""Figures that a run is judged by: scalars of each step and, now and then, the drift panel.
 
 Importance weights are w = π_θ / π_ref. On the responses that are trained on, a mean below 1
 measures memorisation; on fresh ones sampled from π_ref at T = 1, E[w] = 1 for every θ, and the
@@ -132,7 +132,7 @@ def _panel_sums(objective: Objective, scores, micro: MicroBatch, responses: int)
 def make_panel(
     config: decoder.DecoderConfig, objective: Objective, mesh: Mesh
 ) -> Callable[[decoder.Params, Batch], dict]:
-    """A jitted look at a batch, without gradients, by `panel_row` for people."""
+    """A jitted evaluation of a batch, without gradients, by `panel_row` for people."""
 
     def panel(params: decoder.Params, batch: Batch) -> dict:
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind when a loss or gradient is not finite: which records did it."""
+"""The report of a loss or gradient that is not finite: which records did it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a training shows of its steps: rows of metrics, the live line, a profile."""
+"""Records of a training's steps: rows of metrics, the live line, a profile."""
 
 import contextlib
 import dataclasses
@@ -37,11 +37,11 @@ class InFlight:
     metrics: dict[str, jax.Array]
     """On the device, not waited for."""
     drift: Any
-    """What `Drift.look` dispatched at this step, or None."""
+    """The result of `Drift.look` at this step, still on the device, or None."""
     waited: float
     """Seconds that the loop waited for its batch."""
     columns: dict[str, float]
-    """What the source of the batch adds to the step's row."""
+    """Columns that the source of the batch adds to the step's row."""
 
 
 class StepLog:
@@ -57,7 +57,7 @@ class StepLog:
         start: int,
         drift: bool,
     ):
-        settings = artefact.manifest["settings"]
+        settings = artefact.manifest.settings
         self._writers = metrics_writers(artefact.path, start, metrics, settings)
         self._drift = None
         if drift and processes.is_main():

@@ -91,7 +91,7 @@ def _resume(
 
 
 def _identity(artefact: Artefact) -> dict:
-    return {key: artefact.manifest[key] for key in ("settings", "inputs")}
+    return {"settings": artefact.manifest.settings, "inputs": artefact.manifest.inputs}
 
 
 def train(
@@ -172,7 +172,7 @@ def train(
 
 @dataclasses.dataclass
 class _Loop:
-    """What a run works with, and the state that it changes."""
+    """The parts that a run works with, and the state that it changes."""
 
     artefact: Artefact
     manager: ocp.CheckpointManager

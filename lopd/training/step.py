@@ -32,7 +32,7 @@ def _token_scores(params: decoder.Params, hidden_BTD: jax.Array, micro: MicroBat
 def forward_scores(
     config: decoder.DecoderConfig, params: decoder.Params, micro: MicroBatch
 ) -> TokenScores:
-    """What the model says of each target of a micro-batch; keeps nothing for a gradient."""
+    """The model's scores of each target of a micro-batch; keeps nothing for a gradient."""
     hidden, _ = decoder.forward(config, params, micro.tokens, micro.positions, micro.segment_ids)
     return _token_scores(params, hidden, micro)
 
@@ -195,7 +195,7 @@ def make_train_step(
 
     The state is donated, the frozen parameters ({} for none) are not. An update whose loss or
     gradient is not finite is not made, and none after it: the state stays that of the last good
-    step, for the caller to save and look at.
+    step, for the caller to save and examine.
 
     Args:
       config, objective, remat, router_coefficient: as `batch_gradients`'.

@@ -1,7 +1,7 @@
 """The tiny run without its training: an untrained teacher and π_ref, and stages that use them.
 
-As `python tiny_run.py WORKDIR MODELS STAGE BEFORE NAME=VALUE...` it runs one stage on one device
-and is killed at a rename.
+As `python tests/helpers/tiny_run.py WORKDIR MODELS STAGE BEFORE NAME=VALUE...` it runs one stage on
+one device and is killed at a rename.
 """
 
 import ast
@@ -16,20 +16,22 @@ import sys
 
 import jax
 import pytest
-from conftest import random_params
 
+from helpers.models import random_params
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.checkpoints import orbax
-from lopd.config.settings import Settings, changed, read_settings
+from lopd.config.config_dict import read_settings
+from lopd.config.settings import Settings
+from lopd.config.values import changed
 from lopd.machine import devices
 from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
 from lopd.stages.run import Run
 from lopd.stages.weights import PARAMS
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parents[2]
 SETTINGS = {
     "precompute.prompts": 40,
     "heldout.prompts": 12,

@@ -10,11 +10,12 @@ import os
 import pathlib
 import sys
 
+import grain
 import jax
 import numpy as np
-from conftest import TIED, random_params, random_records
 from jax.experimental import multihost_utils
 
+from helpers.models import TIED, random_params, random_records
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.config.settings import MetricsSettings, RuntimeSettings, TrainingRecipe
@@ -68,6 +69,22 @@ def batches(mesh=None, source=None, **changes) -> StepBatches:
     layout = layout if mesh is None else layout.on(mesh)
     source = records() if source is None else source
     return step_batches(source, layout, seed=1, batch_size=8)
+
+
+class Crash(Exception):
+    """Stands for the machine going away."""
+
+
+def crashing(data, step):
+    """The batches, up to a step at which the process dies."""
+
+    def indices(n):
+        if n >= step:
+            raise Crash
+        return data.indices[n]
+
+    mapped = grain.MapDataset.source(range(100)).map(indices)
+    return dataclasses.replace(data, indices=mapped)
 
 
 def mesh_of(data, fsdp, tensor):

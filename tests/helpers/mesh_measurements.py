@@ -10,10 +10,10 @@ import sys
 
 import jax
 import numpy as np
-from conftest import TIED, random_records
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from helpers.models import TIED, random_records
 from lopd.data.batches import micro_batches
 from lopd.data.layout import Batch, Layout
 from lopd.machine import devices, processes

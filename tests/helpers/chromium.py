@@ -1,7 +1,7 @@
 """A page in headless Chromium, by its DevTools protocol.
 
-As a program, `python tests/chromium.py PAGE`, it says what each view found and leaves its picture
-beside the page.
+As a program, `python tests/helpers/chromium.py PAGE`, it says what each view found and leaves its
+picture beside the page.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Trains the SentencePiece model of the tiny setting: `python train_tokenizer.py`.
+"""Trains the SentencePiece model of the tiny setting: `python -m lopd.tasks.tiny_tokenizer`.
 
 The corpus is the addition task itself, so words are single pieces and every digit stands alone.
 The model is committed (`tiny.model`); this script is how it was made and how to make another.
@@ -9,17 +9,18 @@ import pathlib
 
 import sentencepiece
 
+from lopd import data
 from lopd.tasks.addition import Addition
 
-HERE = pathlib.Path(__file__).parent
+MODEL = pathlib.Path(data.__file__).parent / "tiny_tokenizer" / "tiny.model"
 
 
-def main() -> None:
-    """Writes tiny.model beside this file."""
+def train() -> bytes:
+    """The model: a function of the task alone."""
     model = io.BytesIO()
     problems = list(Addition(3).problems("teacher", 2000, seed=0))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for p in problems for line in (p.prompt.strip(), p.solution)),
+        sentence_iterator=iter(line for p in problems for line in (p.prompt.strip(), p.response)),
         model_writer=model,  # a path would be stored in the model
         model_type="bpe",
         vocab_size=40,
@@ -35,8 +36,8 @@ def main() -> None:
         bos_id=-1,
         minloglevel=2,
     )
-    (HERE / "tiny.model").write_bytes(model.getvalue())
+    return model.getvalue()
 
 
 if __name__ == "__main__":
-    main()
+    MODEL.write_bytes(train())
