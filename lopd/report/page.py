@@ -74,10 +74,10 @@ def _shown(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _stage_cards(run: Run) -> list[dict]:
+def _stage_cards(run: Run, shown: Sequence[str]) -> list[dict]:
     total = sum(stage.seconds for stage in run.stages.values())
     cards = []
-    for stage in _shown(run):
+    for stage in (run.stages[name] for name in shown):
         seconds = stage.seconds
         cards.append(
             {
