@@ -10,6 +10,7 @@ class Chip:
     """One accelerator: memory, dense bfloat16 arithmetic, memory bandwidth."""
 
     platform: str
+    """As JAX calls it."""
     memory_gib: float
     """What a program may use: of a TPU, what its compiler says; of a GPU, what the driver says."""
     flops: float

@@ -2,6 +2,7 @@ import html.parser
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,18 @@ def test_comparison_names_what_differs(run, tmp_path):
     assert runs[0].label.endswith("/second") and runs[1].label == "elsewhere/second"
     with pytest.raises(UserError, match="twice"):
         reading.read_runs([other, other])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_comparison_of_runs_with_other_stages(run, tmp_path, first):
+    other = write_run(tmp_path / "second")
+    for name in ("online", "control"):
+        shutil.rmtree(other / name)
+    runs = [run, other] if first else [other, run]
+    text = " ".join(Parsed(report.write_report(runs).read_text()).text.split())
+    stages = text[text.index("State and time of each") :]
+    whole, absent = stages.split(" online ")[1].split(" control ")[0], " control "
+    assert ("absent" in whole) and absent in stages
 
 
 def test_page_of_a_large_run_stays_small(tmp_path):

@@ -18,6 +18,7 @@ from lopd.machine import processes
 from lopd.machine.storage import absolute, write_atomically
 
 MANIFEST = "manifest.json"
+"""The name of the file that makes a directory an artefact."""
 
 
 def _text(entries: dict[str, Any]) -> str:

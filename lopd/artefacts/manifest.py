@@ -14,6 +14,7 @@ from typing import Any, NotRequired, TypedDict
 import lopd
 
 FORMAT_VERSION = 3
+"""Of manifests and of what they describe; another one is refused."""
 
 Costs = dict[str, dict[str, float]]
 """Kind of work → seconds, tokens and FLOPs (`lopd.artefacts.accounting`)."""
@@ -23,8 +24,11 @@ class FileEntry(TypedDict):
     """A file of the artefact."""
 
     name: str
+    """In the directory of the artefact."""
     bytes: int
+    """Its size."""
     sha256: str
+    """Of its content, in hexadecimal."""
 
 
 class ShardEntry(FileEntry):
@@ -41,9 +45,11 @@ class PlanEntry(TypedDict):
     """Says which request belongs to which shard."""
 
     requests: int
+    """How many."""
     prompts: str
     """A digest of the requests."""
     records_per_shard: int
+    """Of a whole shard."""
 
 
 class RoundEntry(TypedDict):
@@ -68,7 +74,9 @@ class Manifest:
     inputs: dict[str, Any]
     """Fingerprints of what it is made from, by name."""
     complete: bool = False
+    """Whether the stage has finished."""
     code_version: str = lopd.__version__
+    """Of the lopd that began it."""
     outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Facts that later stages may rely on: fingerprints, counts, model shape."""
     seconds: float = 0.0
@@ -86,6 +94,7 @@ class Manifest:
     costs: Costs = dataclasses.field(default_factory=dict)
     """So far; in the end they stand in the outputs."""
     rounds: list[RoundEntry] = dataclasses.field(default_factory=list)
+    """Of `opd` with refreshes, in order."""
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of an evaluation: model → test set and mode → figures."""
 

@@ -1,14 +1,16 @@
 """`python -m lopd.cache COMMAND`: look after finished caches. Errors are one line, exit code 2.
 
-verify DIR             every file against the manifest, every record against the schema; also of a
-                       worker's part, before it is merged
-summary DIR            lengths, log-probabilities, teacher against π_ref, by position
-show DIR               records as text, with each token's advantage
-merge OUT PART...      joins what workers made (lopd.main --worker=i/N)
-to-parquet DIR FILE    a cache as one Parquet file
-from-parquet FILE DIR  and back
-import-released FILE DIR --config=C [--config.key=value...]
-                       the Parquet of the authors' released code as a cache for opd.cache
+Commands::
+
+    verify DIR             every file against the manifest, every record against the schema; also
+                           of a worker's part, before it is merged
+    summary DIR            lengths, log-probabilities, teacher against π_ref, by position
+    show DIR               records as text, with each token's advantage
+    merge OUT PART...      joins what workers made (lopd.main --worker=i/N)
+    to-parquet DIR FILE    a cache as one Parquet file
+    from-parquet FILE DIR  and back
+    import-released FILE DIR --config=C [--config.key=value...]
+                           the Parquet of the authors' released code as a cache for opd.cache
 """
 
 import argparse

@@ -12,9 +12,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lopd.cache.fields import SCORED_FIELDS, top_k_fields
 
 NAME = "cache"
+"""What TFDS calls the dataset."""
 
 
 SPLIT = "train"
+"""The only split."""
 
 
 def features(fields: dict) -> tfds.features.FeaturesDict:

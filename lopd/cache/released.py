@@ -25,6 +25,7 @@ FIELDS = {k: v for k, v in SCORED_FIELDS.items() if k != "behaviour_logprobs"}
 _ROWS_ENCODED_AGAIN = 16
 
 Score = Callable[[Sequence[dict]], list[np.ndarray]]
+"""Gives log π_ref of the response tokens of each record."""
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class Report:
 
     rows: int = 0
     imported: int = 0
+    """Rows that became records."""
     without_end: int = 0  # imported, but no end token to train, cut ones included
     cut: int = 0  # imported, and at the cap without having ended
     empty: int = 0  # no response tokens

@@ -10,6 +10,7 @@ from lopd.cache import totals
 from lopd.cache.reader import Records
 
 BARS = "▁▂▃▄▅▆▇█"
+"""What `spark` draws with, from low to high."""
 _BINS = 24
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -19,8 +20,11 @@ class Arrays:
     """The records' values end to end: one entry per response, or per response token."""
 
     lengths: np.ndarray
+    """Response tokens of each response."""
     prompt_lengths: np.ndarray
+    """Prompt tokens of each."""
     finished: np.ndarray
+    """Whether it ended by itself."""
     positions: np.ndarray
     """Of every token in its response, from 0."""
     tokens: Mapping[str, np.ndarray]

@@ -12,6 +12,7 @@ from lopd.errors import UserError
 from lopd.models.decoder_config import ROPE_FIELDS, DecoderConfig, RopeScaling
 
 CONFIG = "config.json"
+"""The file in which a checkpoint states its shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,15 @@ class Family:
     """The flags of `DecoderConfig` that all models of one `model_type` share."""
 
     architecture: str
+    """In `architectures` of `config.json`."""
     states: Mapping[str, bool]
     """Settings that our export writes so for readers that ask; import refuses them when true."""
     qk_norm: bool = False
+    """As `DecoderConfig` has it."""
     attention_bias: bool = False
+    """As `DecoderConfig` has it."""
     experts: bool = False
+    """Whether its models are mixtures of experts."""
     may_omit: tuple[str, ...] = ()
     """Fields that old `config.json` files leave out, and for which Transformers has a rule."""
 

@@ -34,7 +34,9 @@ from lopd.models.parameters import HEAD_NAME, Params, parameters
 from lopd.models.shardings import abstract_params_on, check_divisible
 
 WEIGHTS = "model.safetensors"
+"""The file of a checkpoint whose weights are in one."""
 INDEX = "model.safetensors.index.json"
+"""The file that says which weights are in which of several."""
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
 

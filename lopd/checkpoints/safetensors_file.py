@@ -30,7 +30,9 @@ class StoredTensor:
 
     path: epath.Path
     name: str
+    """In the file."""
     shape: tuple[int, ...]
+    """As the file has it, before any transposition."""
     dtype: np.dtype
 
     def read(self) -> np.ndarray:

@@ -44,6 +44,7 @@ class StageInfo:
     """One stage, as far as others need to know it."""
 
     name: str
+    """Also that of its module in `lopd.stages` and of its artefact's directory."""
     does: str
     """A sentence for people."""
     title: str = ""
@@ -166,8 +167,10 @@ CATALOGUE = (
     StageInfo("eval", "grades every model"),
     StageInfo("export", "the student as a Hugging Face checkpoint", needs=always("opd")),
 )
+"""All stages, in the order in which they run."""
 
 STAGES = tuple(info.name for info in CATALOGUE)
+"""The names of all stages."""
 DEFAULT_STAGES = tuple(info.name for info in CATALOGUE if info.by_default)
 """What the method itself needs."""
 

@@ -21,11 +21,17 @@ class Domain:
 
 
 FINITE = Domain("be a finite number", lambda x: True)
+"""Any number."""
 POSITIVE = Domain("be positive", lambda x: x > 0)
+"""Above 0."""
 NOT_NEGATIVE = Domain("not be negative", lambda x: x >= 0)
+"""0 or more."""
 PROBABILITY = Domain("lie in [0, 1]", lambda x: 0 <= x <= 1)
+"""0 and 1 included."""
 FRACTION = Domain("lie in (0, 1]", lambda x: 0 < x <= 1)
+"""0 excluded, 1 included."""
 BELOW_1 = Domain("lie in [0, 1)", lambda x: 0 <= x < 1)
+"""0 included, 1 excluded."""
 
 
 def at_least(least: int) -> Domain:

@@ -7,6 +7,7 @@ class LossName(NamedTuple):
     """How people call the number that an objective minimises, and its unit."""
 
     title: str
+    """For an axis."""
     unit: str
 
 

@@ -40,18 +40,27 @@ class TrainingRecipe:
     """Optimizer settings of one training stage; the defaults are the paper's (arXiv 2604.13010)."""
 
     steps: int = setting(150, POSITIVE)
+    """Optimizer updates."""
     batch_size: int = setting(256, POSITIVE)
     """Responses per optimizer update."""
     learning_rate: float = setting(2e-6, POSITIVE)
+    """The highest that the schedule reaches."""
     schedule: str = setting("constant", one_of("constant", "cosine"))
+    """After the warm-up: "constant", or half a cosine down to 0."""
     warmup_steps: int = setting(0, NOT_NEGATIVE)
+    """Steps in which the rate rises from 0, in a straight line."""
     optimizer: str = setting("adamw", one_of("adamw", "adafactor"))
     """To save memory "adafactor", or an AdamW whose first moment is bfloat16 (`mu_dtype`)."""
     mu_dtype: str = setting("float32", one_of("float32", "bfloat16"))
+    """The type of AdamW's first moment."""
     b1: float = setting(0.9, BELOW_1)
+    """Decay of AdamW's first moment."""
     b2: float = setting(0.98, BELOW_1)
+    """Decay of AdamW's second moment."""
     eps: float = setting(1e-8, POSITIVE)
+    """What AdamW adds to the root of the second moment."""
     weight_decay: float = setting(0.1, NOT_NEGATIVE)
+    """Of matrices, times the learning rate; norms, biases and embeddings do not decay."""
     grad_clip: float = setting(1.0, POSITIVE)
     """Largest global norm of the gradient."""
     reduction: str = setting("sample_mean", one_of("sample_mean", "token_mean", "token_sum"))
@@ -69,10 +78,13 @@ class SamplingSettings:
     samples: int = setting(1, POSITIVE)
     """Responses per prompt."""
     temperature: float = setting(0.7, NOT_NEGATIVE)
+    """0 is greedy."""
     top_k: int | None = setting(None, POSITIVE)
     """What may be drawn (`lopd.sampling.draw.Truncation`): the likeliest tokens; None: all."""
     top_p: float = setting(1.0, FRACTION)
+    """The smallest set of likeliest tokens with at least this probability."""
     min_p: float = setting(0.0, PROBABILITY)
+    """Tokens with at least this fraction of the likeliest token's probability."""
     response_length: int = setting(4096, POSITIVE)
     """Most tokens of a response."""
 
@@ -88,6 +100,7 @@ class TaskSettings:
     sft_prompts: str | None = None
     """Of "math": a source of prompts (`lopd.data.sources`)."""
     opd_prompts: str | None = None
+    """The same for `precompute`, `heldout` and `online`."""
     problems: str | None = None
     """With answers, for evaluation; several sources are separated by commas."""
     prompt: str = setting(
@@ -112,6 +125,7 @@ class TeacherSettings(TrainingRecipe):
     swapped: float = setting(0.0, PROBABILITY)
     """Share of their columns written as 1+4+5=10 and not 5+4+1=10."""
     label_smoothing: float = setting(0.0, BELOW_1)
+    """Of its cross-entropy, towards the uniform distribution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +154,8 @@ class SftSettings(TrainingRecipe):
     """Instead of training one: a finished `sft` directory, or a Hugging Face checkpoint, and then
     `teacher` says who wrote its data."""
     teacher: str | None = None
+    """Who wrote the SFT data, where this run cannot know: the name in `teacher.checkpoint`, or
+    any other."""
     router_loss: bool = True
     """Of a mixture of experts: add router_aux_loss_coef × the load-balancing loss."""
 
@@ -166,6 +182,7 @@ class HeldoutSettings(SamplingSettings):
     prompts: int = setting(0, NOT_NEGATIVE)
     temperature: float = setting(1.0, NOT_NEGATIVE)
     row_length: int = setting(5120, at_least(2))
+    """Positions per packed row of the scoring pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +229,11 @@ class EvalSettings(SamplingSettings):
     """Accuracy of the models of a run."""
 
     temperature: float = setting(0.6, NOT_NEGATIVE)
+    """Of the sampled figures; greedy ones are made besides."""
     top_p: float = setting(0.95, FRACTION)
+    """Of the sampled figures."""
     split: str = setting("test", one_of("dev", "test"))
+    """Which problems of the task; "dev" is for tuning settings."""
     models: tuple[str, ...] | None = None
     """Which to evaluate; None: all that are there."""
 
@@ -223,8 +243,11 @@ class MeshSettings:
     """Devices along each axis of the mesh; one of them may be -1, the rest of the devices."""
 
     data: int = -1
+    """Copies of the model, each with its own rows."""
     fsdp: int = 1
+    """Parts of weights, moments and rows."""
     tensor: int = 1
+    """Parts of heads, MLPs and vocabulary."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -279,6 +302,7 @@ class Settings:
     """All settings of a run."""
 
     seed: int = setting(0, Domain("lie in [0, 2^63)", lambda x: 0 <= x < 2**63))
+    """Every random choice of a run follows from it."""
     stages: tuple[str, ...] = ()
     """What runs when --stages is not given."""
     tokenizer: str | None = None
@@ -297,6 +321,7 @@ class Settings:
     heldout: HeldoutSettings = HeldoutSettings()
     opd: OpdSettings = OpdSettings()
     control: TrainingRecipe = TrainingRecipe()
+    """More SFT steps instead of OPD."""
     eval: EvalSettings = EvalSettings()
     mesh: MeshSettings = MeshSettings()
     metrics: MetricsSettings = MetricsSettings()

@@ -121,6 +121,7 @@ class StepBatches:
     """The batches of a training run, by step (0 is the first), made by `step_batches`."""
 
     source: Sequence[dict]
+    """Records by index."""
     indices: grain.MapDataset
     """Item n: the indices in `source` of the records of step n, int [batch_size]."""
     lengths: np.ndarray | None

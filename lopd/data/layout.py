@@ -27,6 +27,7 @@ RESPONSE_STATS = (
 """
 
 Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""On a device, on the host, or only its shape and type."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+"""By name, all with the same leading axes."""
 
 
 class TokenField(NamedTuple):
     """A record's field [R, at least width] of which each response token has `width` values."""
 
     name: str
+    """In the record and in the batch."""
     width: int
     dtype: type
+    """In the batch."""
 
 
 class Span(NamedTuple):
@@ -28,6 +31,7 @@ class Span(NamedTuple):
 
     row: int
     start: int
+    """In the row."""
     length: int
 
     def read(self, values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 REDUCTIONS = ("sample_mean", "token_mean", "token_sum")
+"""The ways of `token_weights`."""
 
 
 def token_weights(trained: Sequence[int], reduction: str) -> np.ndarray:
@@ -66,3 +67,4 @@ class TokenSelection:
 
 
 ALL_TOKENS = TokenSelection()
+"""Every response token."""

@@ -29,6 +29,7 @@ from lopd.errors import UserError
 from lopd.machine.storage import check_url, is_local
 
 Messages = tuple[dict[str, str], ...]
+"""The turns of a conversation, each with "role" and "content"."""
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _TURN_KEYS = (("role", "from"), ("content", "value"))
@@ -45,6 +46,7 @@ class Columns:
 
     prompt: str
     answer: str = ""
+    """What graders compare with."""
     response: str = ""
 
 
@@ -73,7 +75,9 @@ class Example:
 
     messages: Messages
     answer: str | None
+    """What graders compare with; None: the source has none."""
     response: str | None
+    """What came with the prompt; None: nothing."""
     example_id: str
 
 

@@ -1,7 +1,8 @@
 """The one table that maps logical axes onto the mesh, and the mesh that a program is traced for.
 
 Parameters, optimizer state, activations, key/value caches and batches all derive their sharding
-from `RULES`. What needs a model's parameters, devices or processes is in `lopd.parallel`.
+from `RULES`. What needs a model's parameters, devices or processes is in `lopd.models.shardings`,
+`lopd.machine.devices` or `lopd.machine.processes`.
 """
 
 import math
@@ -11,6 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+"""Of every mesh, in this order."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters

@@ -32,7 +32,9 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
     """Longest position before the change."""
     low_freq_factor: float | None = None
+    """Wavelengths longer than the original context over this are stretched by the whole factor."""
     high_freq_factor: float | None = None
+    """Wavelengths shorter than the original context over this stay."""
     beta_fast: float | None = None
     """32 by default."""
     beta_slow: float | None = None
@@ -81,22 +83,37 @@ class DecoderConfig:
     """
 
     vocab_size: int
+    """Rows of the embedding, padding included."""
     hidden_size: int
+    """Width of the residual stream."""
     intermediate_size: int
     num_hidden_layers: int
+    """Blocks of attention and MLP."""
     num_attention_heads: int
+    """Of queries."""
     num_key_value_heads: int
+    """Of keys and values; each serves a group of query heads."""
     head_dim: int
+    """Of each head; need not be hidden_size / heads."""
     rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
     tie_word_embeddings: bool = True
+    """Whether the head is the embedding."""
     max_position_embeddings: int = 40960
+    """Positions that the model was trained for."""
     initializer_range: float = 0.02
+    """Standard deviation of random weights."""
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    """Experts that each token is sent to."""
     moe_intermediate_size: int = 0
+    """Width of one expert."""
     norm_topk_prob: bool = False
+    """Whether the chosen experts' weights are made to sum to 1."""
     router_aux_loss_coef: float = 0.001
+    """Of the load-balancing loss in SFT."""
     dtype: str = "float32"
     qk_norm: bool = True
     """RMSNorm on each head's queries and keys, as Qwen3 has it."""

@@ -48,6 +48,7 @@ class LayerCache:
 
     k: jax.Array
     v: jax.Array
+    """Values."""
 
     def insert(self, k_RTKN: jax.Array, v_RTKN: jax.Array, rows: jax.Array) -> "LayerCache":
         """Puts prompts' keys and values at the start of the given rows; rows >= B are dropped."""

@@ -15,6 +15,7 @@ from lopd.models.parameters import abstract_params
 from lopd.models.token_scores import CHUNK_BYTES
 
 GIB = 2**30
+"""Bytes."""
 
 LOGIT_ARRAYS = 4
 """Float32 [rows, V] arrays alive while a token is drawn: logits, tempered, kept, and one more."""
@@ -55,6 +56,7 @@ class Size:
     """Parameters of a model: all, and those in its layers."""
 
     total: int
+    """With embedding and head."""
     layers: int
 
 

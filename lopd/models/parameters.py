@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec
 from lopd.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
+"""A tree of nested dicts; layers are stacked on the first axis of their leaves."""
 Path = tuple[str, ...]
+"""The keys that lead to a leaf."""
 
 
 @dataclasses.dataclass(frozen=True)

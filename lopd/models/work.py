@@ -15,8 +15,11 @@ class Work:
     """FLOPs of all chips together for one call of a program; bytes moved and held by one chip."""
 
     flops: float
+    """Of all chips."""
     bytes_per_chip: float
+    """Read and written by one chip."""
     peak_bytes: float
+    """Held by one chip, at most."""
 
 
 def training_work(

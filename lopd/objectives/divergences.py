@@ -62,6 +62,7 @@ DIVERGENCES = {
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
 }
+"""By their name in `opd.objective`."""
 
 
 def top_k_divergence(name: str) -> Loss:

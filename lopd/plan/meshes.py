@@ -18,6 +18,7 @@ HEADROOM = 0.92
 """Share of a chip's memory that a formula may fill: formulas are rough."""
 
 Sizes = dict[str, int]
+"""Axis of the mesh → devices along it."""
 
 
 def divides(program: Program, sizes: Sizes) -> bool:

@@ -28,7 +28,9 @@ from lopd.training.state import abstract_state, make_optimizer
 from lopd.training.step import make_train_step
 
 INT_FIELDS = ("tokens", "targets", "positions", "segment_ids")
+"""Integer arrays of every training batch."""
 OPD_FIELDS = ("teacher_logprobs", "ref_logprobs")
+"""Float arrays of a batch of OPD besides."""
 
 
 def _arrays(names, shape, dtype, sharding) -> dict:

@@ -31,7 +31,9 @@ class Program:
 
     stage: str
     name: str
+    """For people: prefill, decode, scoring or step, and of whom."""
     model: DecoderConfig
+    """The shape that it computes with."""
     calls: float
     """How often the recipe runs it, responses being as long as they may."""
     rows: int

@@ -19,14 +19,23 @@ class Row:
     """One program's line of the plan."""
 
     stage: str
+    """The stage that runs it."""
     name: str
+    """The program's."""
     peak_gib: float
+    """Of one chip."""
     petaflops: float
+    """Of all chips, over all calls."""
     compute_seconds: float
+    """The floor that arithmetic sets, over all calls."""
     memory_seconds: float
+    """The floor that memory bandwidth sets."""
     seconds: float
+    """The higher floor over the utilisation."""
     chip_hours: float
+    """Of all chips."""
     advice: str
+    """What would make it fit; empty if it does."""
 
 
 def _compiled_peak_gib(program: Program, mesh: Mesh) -> float:

@@ -14,11 +14,13 @@ class Topology:
     """A number of chips of one kind; for TPU with its shape."""
 
     name: str
+    """As given."""
     kind: str
     chips: int
 
     @property
     def chip(self) -> Chip:
+        """Each of them."""
         return CHIPS[self.kind]
 
 

@@ -8,6 +8,7 @@ from etils import epath
 from lopd.machine.storage import write_atomically
 
 PAGE, COMPARISON = "report.html", "comparison.html"
+"""File names: of the page of one run, of that of several."""
 
 
 def write_report(workdirs: Sequence[epath.PathLike]) -> epath.Path:

@@ -65,9 +65,13 @@ def _reads(run: Run, stage: Stage) -> list[dict]:
     return found
 
 
-def _shown(run: Run) -> list[Stage]:
-    """The stages there are or that the method needs; the online baseline is only for some runs."""
-    return [s for s in run.stages.values() if s.state != "absent" or s.name in DEFAULT_STAGES]
+def _shown(runs: Sequence[Run]) -> list[str]:
+    """The stages that some run has or that the method needs; the online baseline is for few."""
+    return [
+        name
+        for name in runs[0].stages
+        if name in DEFAULT_STAGES or any(run.stages[name].state != "absent" for run in runs)
+    ]
 
 
 def _stage_cards(run: Run) -> list[dict]:
@@ -166,7 +170,7 @@ def _notes(run: Run) -> list[str]:
     """What is unfinished, absent or unreadable."""
     notes = list(run.notes)
     unfinished = [s.name for s in run.stages.values() if s.state in ("unfinished", "failed")]
-    absent = [s.name for s in _shown(run) if s.state == "absent"]
+    absent = [name for name in _shown([run]) if run.stages[name].state == "absent"]
     if unfinished:
         notes.append(
             f"Not finished: {', '.join(unfinished)}. The command that began the run continues it."
@@ -215,7 +219,7 @@ def environment(folder: epath.Path) -> jinja2.Environment:
     return environment
 
 
-def _run(run: Run, colour: int) -> dict:
+def _run(run: Run, colour: int, shown: Sequence[str]) -> dict:
     return {
         "label": run.label,
         "about": _about(run),
@@ -223,7 +227,7 @@ def _run(run: Run, colour: int) -> dict:
         "headline": _headline(run),
         "failures": _failures(run),
         "notes": _notes(run),
-        "cards": _stage_cards(run),
+        "cards": _stage_cards(run, shown),
         "settings": _setting_groups(run),
     }
 
@@ -265,7 +269,7 @@ def render(runs: Sequence[Run]) -> str:
         .render(
             css=Markup((_HERE / "page.css").read_text()),
             js=Markup((_HERE / "page.js").read_text()),
-            runs=[_run(run, i % SERIES + 1) for i, run in enumerate(runs)],
+            runs=[_run(run, i % SERIES + 1, _shown(runs)) for i, run in enumerate(runs)],
             versions=_versions(runs),
             split=runs[0].split,
             control=accuracy.control_note(runs),

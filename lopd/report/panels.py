@@ -19,13 +19,19 @@ class Panel:
     """
 
     title: str
+    """Above the plot."""
     y_label: str
+    """Of the axis, in words."""
     metrics: tuple[tuple[str, str, str], ...]
     unit: str = ""
+    """Of the values, in the read-out."""
     scale: float = 1.0  # 100 for what is shown in %
     log: bool | None = False
+    """A logarithmic axis; None: if the values span much."""
     zero: bool = False
+    """Draw a line at 0."""
     from_zero: bool = False
+    """Begin the axis at 0."""
     rare: bool = False  # not worth a word when it is missing
 
 
@@ -88,6 +94,7 @@ OPD = (
     _one("χ² of π_θ from π_ref", "χ² over responses", "chi2", log=True),
     *_RESPONSES,
 )  # fmt: skip
+"""The panels of `opd`."""
 
 # The responses are π_θ's own: what OPD shows against π_ref would be against the sampler here.
 ONLINE = (
@@ -103,6 +110,7 @@ FINE_TUNING = (
     _ENTROPY,
     _GRADIENT,
 )
+"""The panels of stages that minimise cross-entropy."""
 
 
 def _is_number(value: object) -> bool:

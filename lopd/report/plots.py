@@ -50,6 +50,7 @@ STYLE = {
     "lines.solid_joinstyle": "round",
     "path.simplify_threshold": 0.4,
 }
+"""Matplotlib's settings of every plot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,12 @@ class Series:
     """
 
     label: str
+    """In the legend."""
     x: Sequence[float]
     y: Sequence[float]
+    """Values over x; NaN leaves a gap."""
     colour: int = 1
+    """Number of a series colour, from 1."""
     kind: str = "curve"
     band: tuple[Sequence[float], Sequence[float]] | None = None
     edges: Sequence[float] | None = None
@@ -75,8 +79,10 @@ class Plot:
     """A finished plot: SVG, the data of its read-out, and a legend of (label, colour, kind)."""
 
     title: str
+    """Above it."""
     svg: Markup
     hover: dict | None
+    """Values for the read-out under the pointer; None: no read-out."""
     legend: list[tuple[str, int, str]]
 
 

@@ -26,6 +26,7 @@ class Stage:
     """
 
     name: str
+    """As in `lopd.config.catalogue`."""
     state: str = "absent"
     manifest: Manifest | None = None
     metrics: list[dict] = dataclasses.field(default_factory=list)

@@ -47,9 +47,13 @@ class SamplerPlan:
 
     model: decoder.DecoderConfig
     section: SamplingSettings
+    """Prompts, samples, temperature, truncation and cap."""
     seed: int
+    """Of every draw, with prompt, sample and position."""
     end_ids: tuple[int, ...]
+    """Tokens that end a response."""
     prompt_length: int
+    """Most tokens of a prompt."""
     runtime: RuntimeSettings
     mesh: Mesh
 
@@ -106,7 +110,9 @@ class Scorer:
     """The type that its weights are held in."""
     mesh: Mesh
     row_length: int
+    """Positions of a packed row."""
     rows_per_micro: int
+    """Packed rows in one pass."""
     top_k: int = 0
     """How many of the most likely tokens it reports besides."""
 
@@ -174,9 +180,12 @@ class Job:
 
     student: Scorer
     teacher: Scorer
+    """Scores besides."""
     sampler: SamplerPlan
     records_per_shard: int
+    """Responses that are written together."""
     worker: tuple[int, int] | None = None
+    """(i, N): makes part i of N only."""
     training: bool = False
     """Whether the student is being trained meanwhile, so that its moments are there too."""
 

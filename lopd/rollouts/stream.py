@@ -22,6 +22,7 @@ from lopd.machine.progress import bar
 from lopd.sampling.engine import Request, Response, Stats
 
 Sample = Callable[[Sequence[Request]], Iterator[Response]]
+"""Answers requests, in the order of finishing."""
 Finish = Callable[[], tuple[list[dict], dict]]
 """Gives a shard's records and totals; called in the writer's thread."""
 
@@ -31,8 +32,11 @@ class Plan:
     """Which request belongs to which shard, and the shards that are still to be made."""
 
     requests: Sequence[Request]
+    """All of the artefact, in its order."""
     per_shard: int
+    """Records of a whole shard."""
     missing: Sequence[int]
+    """This worker's shards that the manifest does not list."""
 
     @property
     def count(self) -> int:

@@ -28,6 +28,7 @@ arithmetic peak in a layer's products.
 """
 
 PROMPTS_PER_CALL = 64
+"""Prompts that one call of prefill reads at most."""
 
 _IN_FLIGHT = 2
 """Decode calls dispatched before the oldest is read, so that the device never waits for the host.
@@ -39,8 +40,11 @@ class Request:
     """One response wanted: which prompt, which sample of it, and the prompt's token ids."""
 
     prompt_id: int
+    """Below 2^32."""
     sample_id: int
+    """From 0, among the samples of a prompt."""
     prompt_tokens: Sequence[int]
+    """Rendered and tokenised."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +70,10 @@ class Sampling:
 
     temperature: float
     max_response: int
+    """The cap."""
     seed: int
     end_ids: tuple[int, ...]
+    """Tokens that end a response."""
     truncation: Truncation = dataclasses.field(default_factory=Truncation)
 
 
@@ -76,10 +82,13 @@ class Stats:
     """What a `generate` has done so far, for progress displays."""
 
     slots: int = 0
+    """Responses decoded at a time."""
     responses: int = 0
+    """Finished ones."""
     tokens: int = 0
     """Response tokens, those of unfinished responses included."""
     started: float = dataclasses.field(default_factory=time.monotonic)
+    """By the monotonic clock."""
     _offered: int = 0
     _used: int = 0
 
@@ -365,12 +374,16 @@ class Sampler:
     params: decoder.Params
     sampling: Sampling
     slots: int
+    """Responses decoded at a time."""
     capacity: int
+    """Positions of a slot: prompt and response."""
     decode_steps: int
+    """Tokens decoded between looks at the host."""
     mesh: Mesh
     stats: Stats = dataclasses.field(default_factory=Stats)
     """Of all calls together."""
     check: Callable[[], None] | None = None
+    """Called between decode calls; may raise to stop."""
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Response]:
         """See `generate`."""

@@ -53,6 +53,7 @@ class OnlineBatches:
     """Batches of fresh rollouts from the parameters that a step starts from."""
 
     reads_params = True
+    """A batch is sampled from the parameters that its step starts from."""
 
     def __init__(self, run: Run, params: decoder.Params):
         recipe, model = run.settings.opd, run.model(STUDENT)

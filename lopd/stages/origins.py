@@ -42,6 +42,7 @@ class Adopted:
 
 
 Origin = Made | Given | Adopted
+"""One of the three."""
 
 
 def find_origin(named: str | None, holds_weights: bool) -> Origin:

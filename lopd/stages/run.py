@@ -28,6 +28,7 @@ class Run:
 
     settings: Settings
     workdir: epath.Path
+    """Where artefacts are, each in the directory of its stage."""
     mesh: Mesh
     worker: tuple[int, int] | None = None
     """(i, N): this process samples part i of N, counted from 0, into a directory of its own."""

@@ -37,6 +37,7 @@ class Arm:
     """
 
     name: str
+    """In tables, figures and `--arms`."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings by dotted key."""
     student: str = "opd"
@@ -57,7 +58,9 @@ class Section:
     """One table of the results and its figure."""
 
     name: str
+    """Of its figure's file, too."""
     title: str
+    """Above it."""
     text: str = ""
     """What is shown, in a sentence or two."""
     arms: Sequence[str] = ()
@@ -78,12 +81,15 @@ class Study:
     """
 
     base: Settings
+    """What all arms start from."""
     seeds: Sequence[int]
     teachers: Mapping[str, Mapping[str, Any]]
     """Name → settings by dotted key."""
     arms: Sequence[Arm]
     sections: Sequence[Section]
+    """In the order of the page."""
     teacher_seed: int = 0
+    """What teachers are trained with."""
 
     def arm(self, name: str) -> Arm:
         """The arm with this name.

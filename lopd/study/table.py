@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 from lopd.study.design import Section
 
 MODES = ("greedy", "sampled")
+"""Ways of sampling that are compared."""
 KINDS = ("sampling", "scoring", "training")
 """Of costs, after `lopd.artefacts.accounting`."""
 
@@ -23,8 +24,11 @@ class Estimate:
 
     mean: float
     low: float
+    """Of the interval."""
     high: float
+    """Of the interval."""
     n: int
+    """Seeds."""
 
     def text(self, signed: bool = False) -> str:
         """In percent or points, as in "79.6 [77.0, 82.0]"."""

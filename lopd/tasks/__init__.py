@@ -39,6 +39,7 @@ class Verdict:
     """Whether an answer is right."""
 
     correct: bool
+    """False too if there is no verdict."""
     label: str | None
     """Equal answers share it; None: there is no answer."""
     ungraded: bool = False
@@ -49,6 +50,7 @@ class Task(Protocol):
     """The calls that stages make of a task."""
 
     name: str
+    """As `task.name` has it."""
 
     def problems(self, split: str, count: int | None, seed: int) -> Iterable[Problem]:
         """Problems to train on, of the split "sft" or "opd": `count` drawn with a seed, or all."""

@@ -51,6 +51,7 @@ class Addition:
     """Sums of two `digits`-digit numbers (leading digits are not zero)."""
 
     name = "addition"
+    """As `task.name` has it."""
 
     def __init__(self, digits: int):
         if not 1 <= digits <= 4:
@@ -124,6 +125,7 @@ class WorkedAnswers:
     """Problems by their place in `ids`, each made when it is read."""
 
     task: Addition
+    """Makes the problems."""
     ids: np.ndarray
     """Problem numbers."""
     swapped: float

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 Labels = Sequence[Sequence[str | None]]
+"""Of each answer, [problems][samples]; equal answers share one, None is no answer."""
 
 
 def average(correct: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from lopd import data
 from lopd.tasks.addition import Addition
 
 MODEL = pathlib.Path(data.__file__).parent / "tiny_tokenizer" / "tiny.model"
+"""Where it is committed."""
 
 
 def train() -> bytes:

@@ -183,7 +183,9 @@ class Drift:
 
     panel: Callable[[decoder.Params, Batch], dict]
     every: int
+    """Steps between looks."""
     heldout: Batch | None
+    """The held-out responses as one batch; None: there are none."""
     first: int = 0
     """A step that is looked at besides: a round's first, where π_θ still is the π_ref of its
     responses."""

@@ -19,6 +19,7 @@ from lopd.objectives.sampled import Objective
 from lopd.training.step import batch_gradients
 
 FAILURE = "failure.json"
+"""The file's name."""
 _NAMED = 5
 """Most records that the message names; failure.json has all."""
 

@@ -35,6 +35,7 @@ class InFlight:
 
     step: int
     metrics: dict[str, jax.Array]
+    """On the device, not waited for."""
     drift: Any
     """The result of `Drift.look` at this step, still on the device, or None."""
     waited: float

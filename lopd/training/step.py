@@ -18,6 +18,7 @@ from lopd.training.state import TrainState, state_shardings
 from lopd.training.trees import merged, part_of
 
 Metrics = dict[str, jax.Array]
+"""Sums or means over a batch, by name."""
 
 _NOT_MEANS = ("loss", "router_loss", "tokens", SEQUENCE_LOG_RATIO)
 
