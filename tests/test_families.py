@@ -23,9 +23,12 @@ from helpers.models import (
     transformers_model,
 )
 from helpers.published import PUBLISHED
+from helpers.tiny_run import tiny_settings
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lopd import pipeline
 from lopd.checkpoints import hf_config, hugging_face
+from lopd.config import DEFAULT_STAGES
 from lopd.errors import UserError
 from lopd.models import decoder, inference, rotary
 from lopd.models.decoder import DecoderConfig
@@ -445,3 +448,12 @@ def test_compute_types():
             leaf = leaf[part]
         kept = row.kind == "norm" or not row.stacked
         assert leaf.dtype == ("float32" if kept else "bfloat16"), path
+
+
+def test_flags_of_no_family_are_refused_before_work(tmp_path):
+    """`export` could not name the architecture in config.json."""
+    shape = {**tiny_settings().student.model, "attention_bias": True}
+    settings = tiny_settings(student__model=shape)
+    with pytest.raises(UserError, match="qk_norm=True and attention_bias=True together"):
+        pipeline.run(settings, str(tmp_path / "w"), DEFAULT_STAGES)
+    assert not (tmp_path / "w").exists()

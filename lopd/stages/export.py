@@ -1,7 +1,7 @@
 """`export`: the trained student as a Hugging Face checkpoint."""
 
 from lopd.artefacts.artefact import Artefact
-from lopd.checkpoints import hugging_face
+from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import STUDENT
 from lopd.machine import processes
 from lopd.stages.run import Run
@@ -19,6 +19,16 @@ def inputs(run: Run) -> dict:
     return {"opd": run.input("opd").outputs["fingerprint"]}
 
 
+def check(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses a shape that no family of Hugging Face's has, as a `config.json` must name one.
+
+    Raises:
+      UserError: naming the flags that do not go together.
+    """
+    del stages
+    hf_config.model_type(run.model(STUDENT))
+
+
 def write(run: Run, artefact: Artefact) -> dict:
     """Writes safetensors, config.json, generation_config.json and the tokenizer."""
     params, end_id = load_params(run, "opd"), run.tokenizer.end_id
@@ -29,4 +39,4 @@ def write(run: Run, artefact: Artefact) -> dict:
     return {}
 
 
-stage = Stage(settings, inputs, write)
+stage = Stage(settings, inputs, write, check=check)
