@@ -2,6 +2,7 @@
 gap), on a policy so small that every expectation is a sum over all responses."""
 
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ def descent(logits, teacher, ref, tau):
     objective = lightning_opd(tau)
 
     def loss(logits):
-        batch = {"teacher_logprobs": logprobs(teacher), "ref_logprobs": logprobs(ref)}
+        fields = {"teacher_logprobs": logprobs(teacher), "ref_logprobs": logprobs(ref)}
+        batch = types.SimpleNamespace(fields=fields)  # all that the objective reads
         nothing = jnp.zeros(STATES.shape)
         scores = TokenScores(logprobs(logits), nothing, nothing, nothing)
         return objective(scores, batch)[0].sum(axis=1)

@@ -165,9 +165,9 @@ def test_a_process_that_fails_alone_is_gone_at_once(tmp_path):
     """A workdir that only the second process cannot use; the first waits for it meanwhile."""
     (tmp_path / "file").write_text("")
     config = f"--config={REPOSITORY / 'configs/tiny.py'}"
-    script = "import os; from absl import app; from lopd import main; import sys; "
+    script = "import os; from absl import app; from lopd import cli, main; import sys; "
     script += "sys.argv[2] += ['/w', '/file/w'][int(os.environ['JAX_PROCESS_ID'])]; "
-    script += "app.run(main.main, flags_parser=main.parse_flags)"
+    script += "app.run(main.main, flags_parser=cli.parse_flags)"
     command = ["-c", script, config, f"--workdir={tmp_path}", "--stages=teacher"]
     first, second = run_processes(command, count=2, devices=1)
     errors = second.communicate(timeout=60)[1]
