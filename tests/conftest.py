@@ -55,3 +55,15 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         use_one_device(patch)
         yield
+
+
+_LONGEST_FIRST = (
+    *("test_resume", "test_pipeline", "test_precompute", "test_checkpoints", "test_variants"),
+    *("test_sampling", "test_notebooks", "test_refresh", "test_training", "test_families"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes begin first, so that two processes end together."""
+    rank = {name: i for i, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -349,6 +349,7 @@ def children(pid: int) -> list[int]:
     return [int(x) for x in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_local_run_in_two_processes_survives_a_signal_to_one(tmp_path):
     """SIGTERM to the second process: both stop at the same step, the launcher starts them again,
     and the metrics are those of a run of one process that nobody stopped."""

@@ -179,6 +179,7 @@ def test_mistakes_are_one_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install 'lopd[tpu]' lets TPU programs compile here",

@@ -247,6 +247,29 @@ def test_top_k_of_the_teacher(models, whole, tmp_path):
         np.testing.assert_allclose(top["teacher_topk_logprobs"], logprobs[:, :3], atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Another teacher, and another π_ref."""
+    folder = tmp_path_factory.mktemp("others")
+    save_models(folder, first_seed=5)
+    return folder
+
+
+def test_another_teacher_is_refused_unless_allowed(models, others, tmp_path):
+    given = {"teacher__checkpoint": f"{others}/teacher"}
+    with pytest.raises(UserError, match="wrote the SFT data") as error:
+        run(models, tmp_path, "precompute", **given)
+    assert str(models / "sft") in str(error.value)
+    given["precompute__allow_inconsistent_teacher"] = True
+    assert run(models, tmp_path, "precompute", **given).complete
+
+
+def test_cache_of_another_student_is_refused(others, whole, tmp_path):
+    with pytest.raises(UserError, match="sampled from student") as error:
+        run(others, tmp_path, "opd", opd__cache=str(whole.path))
+    assert str(whole.path) in str(error.value)
+
+
 def test_resident_bytes_counts_every_copy(models):
     def resident(**changes) -> int:
         opened = open_run(models, tiny_settings(**changes))

@@ -79,7 +79,7 @@ def end(process, number: int, when) -> bool:
     return process.returncode != 0
 
 
-@pytest.mark.parametrize("objective", ["opd", "sft"])
+@pytest.mark.parametrize("objective", ["opd", pytest.param("sft", marks=pytest.mark.slow)])
 def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective):
     """Every second kill comes as soon as a save is under way."""
     expected, seconds, _ = whole(objective)
@@ -107,7 +107,7 @@ def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective
     assert result(tmp_path) == expected
 
 
-@pytest.mark.parametrize("objective", ["opd", "sft"])
+@pytest.mark.parametrize("objective", ["opd", pytest.param("sft", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_exits_75(whole, tmp_path, objective):
     expected, seconds, _ = whole(objective)
     stops = 0
@@ -165,7 +165,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("objective", ["plain", "sft"])
+@pytest.mark.parametrize("objective", ["plain", pytest.param("sft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["8 devices", "2 processes"])
 def test_goes_on_elsewhere_with_the_same_losses(whole, tmp_path, where, objective):
     interrupted(tmp_path, objective, 9)

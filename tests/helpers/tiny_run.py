@@ -58,11 +58,11 @@ def open_run(workdir, settings: Settings) -> Run:
     return Run(settings, absolute(workdir), devices.make_mesh(settings.mesh.sizes))
 
 
-def save_models(folder: pathlib.Path, **changes) -> None:
+def save_models(folder: pathlib.Path, first_seed: int = 0, **changes) -> None:
     """A teacher and a π_ref, as their stages would have left them: untrained weights."""
     opened = open_run(folder, tiny_settings(**changes))
     teacher = None
-    for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")]):
+    for seed, (stage, which) in enumerate([("teacher", "teacher"), ("sft", "student")], first_seed):
         params = random_params(opened.model(which), seed)
         params = jax.device_put(params, param_shardings(opened.model(which), opened.mesh))
         artefact = Artefact(folder / stage)
