@@ -121,15 +121,16 @@ def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
 def _check_checkpoints(run: Run, stages: tuple[str, ...]) -> None:
     """What Hugging Face checkpoints must agree on before any is used."""
     teacher, student = run.origin("teacher"), run.origin("sft")
-    if isinstance(student, Adopted):
-        student.folder  # noqa: B018  (says what is missing)
+    # Resolved now, so that what is missing shows before any work.
+    folders = {name: x.folder for name, x in (("sft", student), ("teacher", teacher))
+               if isinstance(x, Adopted)}  # fmt: skip
     if run.settings.student.checkpoint:
-        run.base_folder  # noqa: B018
-    if isinstance(teacher, Adopted):
+        folders["student"] = run.base_folder
+    if "teacher" in folders:
         check_same_vocabulary(
-            load_tokenizer(teacher.folder),
+            load_tokenizer(folders["teacher"]),
             run.tokenizer,
-            f"the tokenizers of {teacher.folder} and the student",
+            f"the tokenizers of {folders['teacher']} and the student",
         )
     scored = any(stage_info(name).scores(run.settings) for name in stages)
     if isinstance(student, Adopted) and scored and not run.settings.sft.teacher:

@@ -21,7 +21,7 @@ from lopd.models.kv_cache import KVCache
 from lopd.models.parameters import Parameter, Params, parameter_table
 from lopd.models.parameters import abstract_params as abstract_params
 from lopd.models.parameters import logical_axes as logical_axes
-from lopd.models.projection import OutputFirst, project
+from lopd.models.projection import StoredWeight, project
 from lopd.models.rotary import rotary_tables, rotate
 
 
@@ -33,9 +33,9 @@ def _parameter(module: nn.Module, name: str) -> jax.Array:
     return module.param(name, row.initializer(module.config), row.shape, jnp.float32)
 
 
-def _kernel(module: nn.Module, name: str) -> jax.Array | OutputFirst:
-    """A matrix in the compute type, or what `lopd.models.inference` made of it."""
-    if isinstance(stored := module.get_variable("params", name), OutputFirst):
+def _kernel(module: nn.Module, name: str) -> jax.Array | StoredWeight:
+    """A matrix in the compute type, or what is stored in its place."""
+    if isinstance(stored := module.get_variable("params", name), StoredWeight):
         return stored
     return _parameter(module, name).astype(module.config.compute_dtype)
 

@@ -5,6 +5,7 @@ decides: of 200 GFLOP/s (2 cores), 64 rows times a weight [640, 1920] reach 148,
 [1920, 640] on the left side of the product 185.
 """
 
+import abc
 import math
 
 import flax.struct
@@ -14,8 +15,19 @@ import jax.numpy as jnp
 from lopd.machine.sharding import current_platform
 
 
+class StoredWeight(abc.ABC):
+    """A matrix that is stored otherwise than as one array, and knows how to multiply.
+
+    It is a tree of arrays and stands in the place of the matrix among the parameters.
+    """
+
+    @abc.abstractmethod
+    def product(self, x: jax.Array) -> jax.Array:
+        """The product over the last axes of `x` and the first of the matrix, in `x`'s type."""
+
+
 @flax.struct.dataclass
-class OutputFirst:
+class OutputFirst(StoredWeight):
     """A weight whose output axes come first, for products of few rows on CPU."""
 
     array: jax.Array
@@ -37,9 +49,9 @@ class OutputFirst:
         return product.reshape(*rows, *columns)
 
 
-def project(x: jax.Array, kernel: jax.Array | OutputFirst, contracted: int = 1) -> jax.Array:
+def project(x: jax.Array, kernel: jax.Array | StoredWeight, contracted: int = 1) -> jax.Array:
     """The product over the last `contracted` axes of `x` and the first of `kernel`."""
-    if isinstance(kernel, OutputFirst):
+    if isinstance(kernel, StoredWeight):
         return kernel.product(x)
     if current_platform() != "cpu":
         return jnp.tensordot(x, kernel, contracted)

@@ -55,10 +55,8 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
-        if self.settings.tokenizer:
-            return load_tokenizer(self.settings.tokenizer)
-        self.tokenizer_source  # noqa: B018  (says what is missing)
-        return load_tokenizer(self._student_folder)
+        source = self.tokenizer_source
+        return load_tokenizer(source if self.settings.tokenizer else self._student_folder)
 
     @functools.cached_property
     def task(self) -> Task:
