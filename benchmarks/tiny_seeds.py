@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_seeds.py --workdir=runs/seeds --seeds=0,1,2
 
-Prints a Markdown table (benchmarks/RESULTS.md keeps one) and writes results.json beside the runs.
-Runs that are complete are not repeated.
+Prints a Markdown table (docs/measurements/tiny.md keeps one) and writes results.json beside the
+runs. Runs that are complete are not repeated.
 """
 
 import json
