@@ -4,8 +4,9 @@
 
 Writes a cache of responses of log-normal length (cut at 4,096 tokens, with prompts of about 150),
 then reads, checks, packs and lays out batches of 256 as training does, in one thread. The cache is
-larger than what is held in memory, so all of it comes from disk. Limit: 20 × 10,000 tokens/s, an
-H100 that trains an 8B model at about half its peak.
+larger than what is held in memory, so all of it comes from disk; one of few records is held, and
+its rates leave reading out. Limit: 20 × 10,000 tokens/s, an H100 that trains an 8B model at about
+half its peak.
 """
 
 import argparse

@@ -98,7 +98,7 @@ def main() -> None:
         train(artefact, MODEL, params, batches, objective, recipe, **options_of_train)
         lines = (artefact.path / "metrics.jsonl").read_text().splitlines()
         written = time_of_a_row(artefact, recipe, settings, batches, mesh)
-    rows = [json.loads(line) for line in lines][5:]  # after compilation
+    rows = [json.loads(line) for line in lines][min(5, len(lines) - 1) :]  # after compilation
     seconds = np.array([row["tokens"] / row["tokens_per_second"] for row in rows])
     waits = np.array([row["data_wait"] for row in rows]) * seconds
     step = seconds.mean()

@@ -10,6 +10,7 @@ more is what the host does that nothing hides (bookkeeping, writing, checksums, 
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import platform
@@ -25,12 +26,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
-from lopd.checkpoints import hugging_face
+from lopd.config import read_settings
 from lopd.machine import devices
 from lopd.machine.setup import prepare
 from lopd.models import decoder
-from lopd.stages import common, precompute, rollouts
-from lopd.stages.run import Context
+from lopd.models.shardings import param_shardings
+from lopd.rollouts.passes import Job, Scorer, sample_and_score
+from lopd.stages import scored
+from lopd.stages.run import Run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = dict(vocab_size=128, num_key_value_heads=2, head_dim=64)
@@ -43,54 +46,58 @@ TEACHER = dict(
 SHARD = 128
 
 
-def context(folder: pathlib.Path, prompts: int) -> Context:
-    """A run of `precompute` on the tiny config's task, with weights that nobody trained."""
+def open_run(folder: pathlib.Path, prompts: int) -> Run:
+    """A run of `precompute` on the tiny config's task."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
     config.precompute.update(prompts=prompts, response_length=256, row_length=320, temperature=1.0)
     config.runtime.update(records_per_shard=SHARD, slots=64)
-    mesh = devices.make_mesh(config.mesh.to_dict())
-    for seed, (name, shape) in enumerate({"teacher": TEACHER, "sft": STUDENT}.items()):
-        model = decoder.DecoderConfig(**shape)
-        (folder / name).mkdir(exist_ok=True)
-        params = decoder.init_params(model, jax.random.key(seed))
-        hugging_face.save_checkpoint(epath.Path(folder / name), model, params, end_id=1)
-        config[name].checkpoint = str(folder / name)
     config.teacher.model.update(TEACHER)
     config.student.model.update(STUDENT)
-    return Context(config, epath.Path(folder), mesh)
+    settings = read_settings(config)
+    return Run(settings, epath.Path(folder), devices.make_mesh(settings.mesh.sizes))
 
 
-def job(ctx: Context, folder: pathlib.Path, weights: dict) -> tuple[float, Artefact]:
+def scorer(run: Run, which: str, seed: int) -> Scorer:
+    """The teacher or the student, with weights that nobody trained and that are there already."""
+    model = run.model(which)
+    init = jax.jit(
+        lambda key: decoder.init_params(model, key), out_shardings=param_shardings(model, run.mesh)
+    )
+    params = jax.block_until_ready(init(jax.random.key(seed)))
+    made = scored.scorer(run, which, run.settings.precompute.row_length)
+    return dataclasses.replace(made, load=lambda: params)
+
+
+def make_job(run: Run) -> Job:
+    """What `precompute` does, and with whom."""
+    return Job(
+        student=scorer(run, "student", 1),
+        teacher=scorer(run, "teacher", 0),
+        sampler=scored.sampler_plan(run, "student", run.settings.precompute, "precompute sampling"),
+        records_per_shard=run.settings.runtime.records_per_shard,
+    )
+
+
+def whole_job(job: Job, folder: pathlib.Path, requests: list) -> tuple[float, Artefact]:
     """Seconds of the whole job, the loading of weights left out."""
     artefact = Artefact(folder)
     artefact.begin("precompute", {}, {})
-    plan = rollouts.make_plan(ctx, artefact, precompute.prompts(ctx))
     start = time.perf_counter()
-    precompute._sampling_pass(
-        ctx, artefact, "precompute", plan, weights["teacher"], precompute.Student(weights["sft"])
-    )
-    artefact.finish(rollouts.finish(ctx, artefact))
+    artefact.finish(sample_and_score(job, artefact, requests))
     return time.perf_counter() - start, artefact
 
 
-def sampling_alone(ctx: Context, weights: dict) -> tuple[float, int]:
+def sampling_alone(job: Job, requests: list) -> tuple[float, int]:
     """Seconds, and response tokens."""
-    requests = precompute.prompts(ctx)
     start = time.perf_counter()
-    sample = common.sampler(
-        *(ctx, "student", weights["sft"], ctx.config.precompute, "precompute sampling"),
-        responses=len(requests),
-    )
+    sample = job.sampler.make(job.student.load(), responses=len(requests))
     tokens = sum(len(response.tokens) for response in sample(requests))
     return time.perf_counter() - start, tokens
 
 
-def scoring_alone(ctx: Context, weights: dict, records: list[dict]) -> float:
+def scoring_alone(job: Job, records: list[dict]) -> float:
     """Seconds."""
-    dispatch = [
-        precompute.dispatcher(ctx, which, weights[name], "precompute")
-        for which, name in (("student", "sft"), ("teacher", "teacher"))
-    ]
+    dispatch = [one.dispatcher(one.load()) for one in (job.student, job.teacher)]
     start = time.perf_counter()
     shards = [records[i : i + SHARD] for i in range(0, len(records), SHARD)]
     for finish in [score(shard) for shard in shards for score in dispatch]:
@@ -109,15 +116,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         prepare(name)
-        ctx = context(folder, options.prompts)
-        weights = {
-            which: hugging_face.load_checkpoint(epath.Path(folder / which), ctx.mesh)[1]
-            for which in ("teacher", "sft")
-        }
+        run = open_run(folder, options.prompts)
+        job, requests = make_job(run), scored.training_requests(run)
         for repeat in range(options.repeats + 1):
-            seconds, artefact = job(ctx, folder / f"cache-{repeat}", weights)
-            sampling, tokens = sampling_alone(ctx, weights)
-            scoring = scoring_alone(ctx, weights, list(Records(artefact)))
+            seconds, artefact = whole_job(job, folder / f"cache-{repeat}", requests)
+            sampling, tokens = sampling_alone(job, requests)
+            scoring = scoring_alone(job, list(Records(artefact)))
             if repeat:  # the first compiles
                 print(
                     f"{options.prompts} responses, {tokens} tokens: job {seconds:.2f} s "
