@@ -22,8 +22,8 @@ from lopd.objectives.sampled import Objective
 from lopd.rollouts.scoring import score_rows
 from lopd.sampling import decode
 from lopd.sampling.draw import Truncation
-from lopd.sampling.engine import PROMPTS_PER_CALL, group_shape, prompts_at_once, row_shards
 from lopd.sampling.placement import sampling_mesh
+from lopd.sampling.shapes import PROMPTS_PER_CALL, group_shape, prompts_at_once, row_shards
 from lopd.training.state import abstract_state, make_optimizer
 from lopd.training.step import make_train_step
 

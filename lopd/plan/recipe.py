@@ -17,7 +17,7 @@ from lopd.models.work import Work, scoring_work, training_work
 from lopd.objectives.sampled import cross_entropy
 from lopd.plan import programs
 from lopd.sampling.draw import Truncation
-from lopd.sampling.engine import PROMPTS_PER_CALL, prompt_bucket
+from lopd.sampling.shapes import PROMPTS_PER_CALL, prompt_bucket
 from lopd.sampling.work import decoding_work, prefill_work
 from lopd.stages.objective import make_objective, token_fields
 

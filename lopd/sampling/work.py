@@ -4,8 +4,8 @@ from lopd.models.decoder_config import DecoderConfig
 from lopd.models.flops import forward_flops
 from lopd.models.memory import LOGIT_ARRAYS, cache_bytes, model_size, working_set
 from lopd.models.work import Work
-from lopd.sampling.engine import PROMPTS_PER_CALL, prompts_at_once
 from lopd.sampling.placement import sampling_sizes
+from lopd.sampling.shapes import PROMPTS_PER_CALL, prompts_at_once
 
 
 def prefill_work(
