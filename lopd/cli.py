@@ -3,8 +3,10 @@
 The commands are doors: `lopd.main`, `lopd.study`, `lopd.plan`, `lopd.cache`, `lopd.report`.
 """
 
+import ast
 import contextlib
 import errno
+import os
 import re
 import sys
 import tempfile
@@ -46,8 +48,34 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
 
 
+def _check_config_file(argv: list[str]) -> None:
+    """Refuses a --config that is no settings file before ml_collections runs it.
+
+    Raises:
+      UserError: naming the file and what is wrong with it.
+    """
+    for name in (match[1] for a in argv if (match := re.fullmatch(r"--?config=(.*)", a))):
+        where = f"--config={name}"
+        path = name if os.path.exists(name) else name.partition(":")[0]  # FILE:ARGUMENT
+        if not os.path.isfile(path):
+            kind = "is a folder" if os.path.isdir(path) else "does not exist"
+            raise UserError(f"{where} {kind}: give a settings file, as configs/tiny.py")
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            ast.parse(text)
+        except SyntaxError as error:
+            raise UserError(f"{where}: not Python, line {error.lineno} ({error.msg})") from error
+        except ValueError as error:
+            raise UserError(f"{where}: not a text file ({error})") from error
+        if not re.search(r"\bget_config\b", text):
+            raise UserError(f"{where} has no get_config(), so it is no settings file")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line; `--config.key=None` unsets one."""
+    with one_line_errors():
+        _check_config_file(argv)
     unset = [match[1] for a in argv if (match := re.fullmatch(r"--?config\.(.+)=None", a))]
     try:
         rest = flags.FLAGS([a for a in argv if not re.fullmatch(r"--?config\..+=None", a)])

@@ -1,6 +1,7 @@
 """The cache: readable by TFDS alone, safe against crashes and damage."""
 
 import functools
+import hashlib
 import json
 import random
 import re
@@ -294,6 +295,19 @@ def test_a_manifest_of_other_types_is_one_clear_error(tmp_path, change, message)
     with pytest.raises(UserError, match=rf"manifest\.json is damaged, or of .*\({message}\)") as e:
         Artefact(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "..", ""])
+def test_a_shard_lies_in_its_artefact(tmp_path, name):
+    """`merge` would copy it to where its name says."""
+    path = make_cache(tmp_path / "cache").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["name"] = name
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "checksum": checksum}, indent=2) + "\n")
+    with pytest.raises(UserError, match="is no file name"):
+        Artefact(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"manifest"', "null", '{"format_version": 2}'])

@@ -4,13 +4,16 @@ import itertools
 import math
 import pathlib
 import time
+import types
 
 import numpy as np
 import pytest
 
 from lopd.config.settings import MATH_PROMPT, TaskSettings
 from lopd.errors import UserError
-from lopd.tasks import Verdict, make_task, metrics
+from lopd.rollouts.requests import PromptSet
+from lopd.stages import eval as evaluation
+from lopd.tasks import Problem, Verdict, make_task, math_grader, metrics
 from lopd.tasks.math_grader import MathGrader, boxed_answer
 from lopd.tasks.prompts import load_tests
 
@@ -241,3 +244,16 @@ def test_summary_names_k_and_counts():
     for name in ("avg@4", "pass@4", "majority@4"):
         low, high = summary[name]["ci95"]
         assert low <= summary[name]["value"] <= high
+
+
+def test_evaluation_without_its_grader_is_refused_before_work(monkeypatch):
+    """math-verify is an extra: its absence must not show at the first answer, after all training."""
+    task = make_task(TaskSettings(name="math"))
+    problem = Problem(0, ({"role": "user", "content": "?"},), reference="1")
+    run = types.SimpleNamespace(
+        task=task, prompts=types.SimpleNamespace(tests={"aime": PromptSet([problem], [[1]])})
+    )
+    assert [*evaluation.prompts(run)] == ["aime"]
+    monkeypatch.setattr(math_grader.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="grading needs math-verify"):
+        evaluation.prompts(run)

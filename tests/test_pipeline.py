@@ -223,6 +223,10 @@ def test_unknown_setting_names_the_nearest(tmp_path):
         ({"teacher.checkpoint": "/nowhere"}, ["/nowhere", "no such folder"]),
         ({"tokenizer": "/nowhere.model"}, ["/nowhere.model", "no such file"]),
         ({"task.digits": 9}, ["task.digits=9"]),
+        ({"student.model.num_key_value_heads": 0}, ["num_key_value_heads=0 must be positive"]),
+        ({"student.model.hidden_size": 0}, ["hidden_size=0 must be positive"]),
+        ({"seed": -1}, ["seed=-1 must lie in"]),
+        ({"runtime.profile_steps": "(1,)"}, ["profile_steps=(1,) must be the first and last"]),
         ({"task.name": "math"}, ["teacher trains on worked answers", "teacher.checkpoint"]),
         ({"eval.response_length": 50_000}, ["eval.response_length = 50012", "40948 or less"]),
         ({"opd.records": 0}, ["opd.records=0", "must be positive, or None"]),
@@ -240,7 +244,16 @@ def test_bad_setting_is_one_line_before_any_work(tmp_path, settings, parts):
 
 def test_other_mistakes_on_the_command_line(tmp_path):
     refused(run(tmp_path, stages="teacher,sftt"), "sftt", "precompute")
-    refused(run(tmp_path, config="configs/none.py"), "none.py")
+    for name, text, says in (
+        ("none", None, "none.py does not exist"),
+        ("cut", "def get_config(:", "not Python, line 1"),
+        ("other", "x = 1", "has no get_config()"),
+    ):
+        if text is not None:
+            (tmp_path / f"{name}.py").write_text(text)
+        refused(run(tmp_path, config=str(tmp_path / f"{name}.py")), says)
+    refused(run(tmp_path, config=str(tmp_path)), "is a folder")
+    refused(run(tmp_path, more_environment={"JAX_PLATFORMS": "quantum"}), "check JAX_PLATFORMS")
     refused(run(tmp_path, stages="opd"), str(tmp_path / "sft"))
     (tmp_path / "file").write_text("")
     refused(run(tmp_path / "file" / "below"), str(tmp_path / "file" / "below"), "cannot be written")

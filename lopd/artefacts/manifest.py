@@ -6,6 +6,7 @@ another type, is refused: nobody would read it, or somebody would stumble over i
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -119,7 +120,12 @@ class Manifest:
         entries = dict(entries)
         if (version := entries.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(f"its format version is {version}, this code reads {FORMAT_VERSION}")
-        return _typed(entries, cls, "")
+        manifest = _typed(entries, cls, "")
+        for entry in (*manifest.shards, *manifest.metadata):
+            # What lies elsewhere is no file of the artefact, and would be written there.
+            if not re.fullmatch(r"[\w-][\w.-]*", entry["name"]):
+                raise ValueError(f"{entry['name']!r} is no file name")
+        return manifest
 
 
 _ALWAYS = ("stage", "settings", "inputs", "complete", "code_version", "outputs", "seconds")

@@ -16,10 +16,14 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     """A mesh of the devices (all by default): axes data, fsdp, tensor; one size may be -1.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices, or JAX finds none.
     """
     shape = [sizes[axis] for axis in AXES]
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:  # of a platform that is not there
+        reason = " ".join(str(error).split())
+        raise UserError(f"JAX finds no devices ({reason}): check JAX_PLATFORMS") from error
     count = len(devices)
     wildcards = shape.count(-1)
     known = int(np.prod([s for s in shape if s != -1]))

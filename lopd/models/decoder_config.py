@@ -126,6 +126,13 @@ class DecoderConfig:
         scaling = self.rope_scaling
         if scaling is not None and not isinstance(scaling, RopeScaling):
             object.__setattr__(self, "rope_scaling", _rope_scaling(scaling))
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise UserError(f"model: {name}={getattr(self, name)} must be positive")
+        if not self.initializer_range >= 0:
+            raise UserError(
+                f"model: initializer_range={self.initializer_range} must not be negative"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -145,6 +152,13 @@ class DecoderConfig:
     def compute_dtype(self) -> jnp.dtype:
         """The type of activations and matmul operands."""
         return jnp.dtype(self.dtype)
+
+
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("rope_theta", "rms_norm_eps"),
+)
 
 
 def _rope_scaling(values: Mapping) -> RopeScaling | None:

@@ -56,8 +56,15 @@ def inputs(run: Run) -> dict:
 
 
 def prompts(run: Run) -> dict[str, PromptSet]:
-    """For each test set its problems."""
-    return run.prompts.tests
+    """For each test set its problems.
+
+    Raises:
+      UserError: if a source cannot be read, or its answers cannot be graded on this machine.
+    """
+    tests = run.prompts.tests
+    for test in tests.values():
+        run.task.grade(test.problems[0], "")  # finds out whether the grader is installed
+    return tests
 
 
 def check(run: Run, stages: tuple[str, ...]) -> None:
