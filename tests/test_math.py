@@ -247,7 +247,7 @@ def test_summary_names_k_and_counts():
 
 
 def test_evaluation_without_its_grader_is_refused_before_work(monkeypatch):
-    """math-verify is an extra: its absence must not show at the first answer, after all training."""
+    """math-verify is an extra: its absence must not show only after all training."""
     task = make_task(TaskSettings(name="math"))
     problem = Problem(0, ({"role": "user", "content": "?"},), reference="1")
     run = types.SimpleNamespace(
