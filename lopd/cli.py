@@ -6,6 +6,7 @@ The commands are doors: `lopd.main`, `lopd.study`, `lopd.plan`, `lopd.cache`, `l
 import ast
 import contextlib
 import errno
+import itertools
 import os
 import re
 import sys
@@ -54,7 +55,9 @@ def _check_config_file(argv: list[str]) -> None:
     Raises:
       UserError: naming the file and what is wrong with it.
     """
-    for name in (match[1] for a in argv if (match := re.fullmatch(r"--?config=(.*)", a))):
+    named = [match[1] for a in argv if (match := re.fullmatch(r"--?config=(.*)", a))]
+    named += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+    for name in named:
         where = f"--config={name}"
         path = name if os.path.exists(name) else name.partition(":")[0]  # FILE:ARGUMENT
         if not os.path.isfile(path):
@@ -76,10 +79,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line; `--config.key=None` unsets one."""
     with one_line_errors():
         _check_config_file(argv)
-    unset = [match[1] for a in argv if (match := re.fullmatch(r"--?config\.(.+)=None", a))]
+    last = dict(re.findall(r"^--?config\.(.+?)=(.*)$", "\n".join(argv), flags=re.MULTILINE))
+    unset = [key for key, value in last.items() if value == "None"]
     try:
         rest = flags.FLAGS([a for a in argv if not re.fullmatch(r"--?config\..+=None", a)])
-        for key in unset:
+        for key in unset if CONFIG.value is not None else ():
             CONFIG.value.update_from_flattened_dict({key: None})
         return rest
     except (AttributeError, KeyError) as error:

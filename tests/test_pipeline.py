@@ -226,7 +226,7 @@ def test_unknown_setting_names_the_nearest(tmp_path):
         ({"student.model.num_key_value_heads": 0}, ["num_key_value_heads=0 must be positive"]),
         ({"student.model.hidden_size": 0}, ["hidden_size=0 must be positive"]),
         ({"seed": -1}, ["seed=-1 must lie in"]),
-        ({"runtime.profile_steps": "(1,)"}, ["profile_steps=(1,) must be the first and last"]),
+        ({"runtime.profile_steps": "(1,)"}, ["profile_steps=(1,) must be of type tuple[int, int]"]),
         ({"task.name": "math"}, ["teacher trains on worked answers", "teacher.checkpoint"]),
         ({"eval.response_length": 50_000}, ["eval.response_length = 50012", "40948 or less"]),
         ({"opd.records": 0}, ["opd.records=0", "must be positive, or None"]),

@@ -7,7 +7,7 @@ artefacts is in `lopd.preflight`.
 import importlib.util
 from collections.abc import Iterable
 
-from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
+from lopd.config.catalogue import CATALOGUE, STAGES, refreshes, stage_info
 from lopd.config.settings import HeldoutSettings, OpdSettings, Settings
 from lopd.errors import UserError
 
@@ -49,15 +49,15 @@ def _check_heldout(section: HeldoutSettings) -> None:
         )
 
 
-def _check_refresh(opd: OpdSettings) -> None:
-    refreshes = opd.refresh_every is not None or opd.refresh_below is not None
+def _check_refresh(settings: Settings) -> None:
+    opd, refreshed = settings.opd, refreshes(settings)
     require(
-        opd.residual_folds is None or not refreshes,
+        opd.residual_folds is None or not refreshed,
         f"opd.residual_folds={opd.residual_folds} fits its tables to one whole cache: it must "
         "be None with opd.refresh_every or opd.refresh_below",
     )
     require(
-        opd.extrapolation == 1 or not refreshes,
+        opd.extrapolation == 1 or not refreshed,
         f"opd.extrapolation={opd.extrapolation} leads away from π_ref, which later rounds' "
         "caches do not hold: it must be 1 with opd.refresh_every or opd.refresh_below",
     )
@@ -78,6 +78,10 @@ def _check_given_responses(settings: Settings) -> None:
             bool(settings.sft.teacher),
             "sft_data.responses='given': say in sft.teacher who wrote the responses (the method "
             "needs the teacher that scores to be the same)",
+        )
+        require(
+            bool(settings.task.sft_prompts),
+            "sft_data.responses='given' are those of task.sft_prompts, which is not set",
         )
 
 
@@ -119,7 +123,7 @@ def check_settings(settings: Settings, stages: tuple[str, ...]) -> None:
     _check_stages(stages)
     _check_recipes(settings)
     _check_given_responses(settings)
-    _check_refresh(settings.opd)
+    _check_refresh(settings)
     if "online" in stages:
         _check_online(settings.opd)
     held_out = "heldout" in stages or ("opd" in stages and settings.opd.refresh_below is not None)

@@ -212,9 +212,7 @@ class OpdSettings(TrainingRecipe):
     """Train on this fraction of each response, its beginning."""
     entropy_fraction: float = setting(1.0, FRACTION)
     """Of these, on the fraction of the tokens with the highest entropy."""
-    masked_tokens: tuple[str | int, ...] = setting(
-        (), Domain("hold tokens or their ids", lambda x: all(isinstance(t, str | int) for t in x))
-    )
+    masked_tokens: tuple[str | int, ...] = ()
     """Never train on these, named by token or id."""
     importance_cap: float | None = setting(None, POSITIVE)
     """Weigh tokens by min(π_θ/π_ref, cap); None: all alike."""
@@ -234,7 +232,7 @@ class EvalSettings(SamplingSettings):
     """Of the sampled figures."""
     split: str = setting("test", one_of("dev", "test"))
     """Which problems of the task; "dev" is for tuning settings."""
-    models: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = setting(None, Domain("name a model", lambda x: len(x) > 0))
     """Which to evaluate; None: all that are there."""
 
 

@@ -43,6 +43,8 @@ def from_values(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     Raises:
       UserError: one line that names the setting, its value and what it must be.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.')}={values!r} must be a section of settings")
     hints, found = typing.get_type_hints(kind), {}
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
@@ -57,25 +59,52 @@ def from_values(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     return kind(**found)
 
 
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type, the items of a tuple included."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, a) for a in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is ...:
+            return all(_fits(x, arguments[0]) for x in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, origin or annotation)
+
+
+def _name(annotation: Any) -> str:
+    """An annotated type as people write it."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
 def _checked(value: Any, annotation: Any, metadata: Mapping, name: str) -> Any:
-    """A value of the annotated type within its domain; ints and lists become floats and tuples."""
-    alternatives = (annotation,)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        alternatives = typing.get_args(annotation)
-    kinds = [typing.get_origin(a) or a for a in alternatives]
+    """A value of the annotated type within its domain.
+
+    Ints and lists become floats and tuples, and an empty text becomes None where that may be.
+    """
+    may_be_unset = _fits(None, annotation)
+    if value == "" and may_be_unset:
+        value = None
     if value is None:
-        if types.NoneType not in kinds:
+        if not may_be_unset:
             raise UserError(f"{name}=None: it must be set")
         return None
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if tuple in kinds and isinstance(value, list):
+    if isinstance(value, list):
         value = tuple(value)
-    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(k.__name__ for k in kinds if k is not types.NoneType)
+    if type(value) is int and not _fits(value, annotation) and _fits(0.0, annotation):
+        value = float(value)
+    if not _fits(value, annotation):
+        wanted = " or ".join(
+            _name(a)
+            for a in (typing.get_args(annotation) if may_be_unset else (annotation,))
+            if a is not types.NoneType
+        )
         raise UserError(f"{name}={value!r} must be of type {wanted}")
     domain: Domain | None = metadata.get("domain")
     if domain and not domain.holds(value):
-        off = ", or None" if types.NoneType in kinds else ""
+        off = ", or None" if may_be_unset else ""
         raise UserError(f"{name}={value!r} must {domain.text}{off}")
     return value

@@ -1,0 +1,123 @@
+"""Settings: their types and domains, and what the command line makes of them."""
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lopd.config import base_config, read_settings
+from lopd.config.checks import check_settings
+from lopd.config.settings import Settings
+from lopd.config.values import changed, from_values
+from lopd.data.selection import REDUCTIONS
+from lopd.errors import UserError
+from lopd.models.decoder import REMAT_POLICIES
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def test_defaults_survive_the_way_through_a_config_dict():
+    assert read_settings(base_config()) == Settings()
+    assert from_values(Settings, dataclasses.asdict(Settings())) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("opd.tau", "one", "opd.tau='one' must be of type float"),
+        ("opd.tau", float("nan"), "opd.tau=nan must be positive"),
+        ("opd.tau", True, "opd.tau=True must be of type float"),
+        ("opd.steps", True, "opd.steps=True must be of type int"),
+        ("opd.steps", 2.5, "opd.steps=2.5 must be of type int"),
+        ("opd.steps", None, "opd.steps=None: it must be set"),
+        ("opd.records", 0, "opd.records=0 must be positive, or None"),
+        ("opd", None, "opd=None must be a section"),
+        ("runtime.profile_steps", ("a", "b"), "profile_steps=('a', 'b') must be of type"),
+        ("runtime.profile_steps", (1.5, 2.5), "profile_steps=(1.5, 2.5) must be of type"),
+        ("runtime.profile_steps", (3, 2), "profile_steps=(3, 2) must be the first and last"),
+        ("eval.models", (), "eval.models=() must name a model, or None"),
+        ("opd.masked_tokens", (1.5,), "opd.masked_tokens=(1.5,) must be of type"),
+        ("sft.b1", 1.0, "sft.b1=1.0 must lie in [0, 1)"),
+        ("dtype", "float16", "dtype='float16' must be one of float32, bfloat16, or None"),
+        ("opd.tua", 1, "there is no setting opd.tua"),
+        ("opd.tau.x", 1, "there is no setting opd.tau.x"),
+    ],
+)
+def test_what_no_setting_may_be_is_one_line(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        changed(Settings(), {key: value})
+
+
+def test_values_come_as_the_types_they_are_meant_to_be():
+    found = changed(
+        Settings(),
+        {
+            "opd.tau": 3,
+            "opd.masked_tokens": ["</s>", 5],
+            "runtime.profile_steps": [2, 4],
+            "sft.checkpoint": "",
+        },
+    )
+    assert found.opd.tau == 3.0 and isinstance(found.opd.tau, float)
+    assert found.opd.masked_tokens == ("</s>", 5) and found.runtime.profile_steps == (2, 4)
+    assert found.sft.checkpoint is None
+
+
+def test_given_responses_need_their_source():
+    settings = changed(Settings(), {"sft_data.responses": "given", "sft.teacher": "somebody"})
+    with pytest.raises(UserError, match=r"task\.sft_prompts, which is not set"):
+        check_settings(settings, ("sft_data",))
+
+
+def test_names_in_the_settings_are_those_of_the_code():
+    for section, name, names in (
+        ("runtime", "remat", REMAT_POLICIES),
+        ("opd", "reduction", REDUCTIONS),
+    ):
+        fields = {field.name: field for field in dataclasses.fields(getattr(Settings(), section))}
+        domain = fields[name].metadata["domain"]
+        assert all(domain.holds(value) for value in names)
+        assert domain.text.count(",") == len(names) - 1
+
+
+SHOW = """
+from absl import app
+from lopd import cli
+app.run(lambda argv: print(cli.settings().opd.records), flags_parser=cli.parse_flags)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "records"),
+    [
+        (["--config.opd.records=5"], "5"),
+        (["--config.opd.records=5", "--config.opd.records=None"], "None"),
+        (["--config.opd.records=None", "--config.opd.records=5"], "5"),
+    ],
+)
+def test_the_last_word_of_a_setting_counts(arguments, records):
+    command = [sys.executable, "-c", SHOW, "--config", str(REPOSITORY / "configs/tiny.py")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.stdout.strip() == records, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config", "README.md"], "--config=README.md: not Python"),
+        (["--config", "none.py"], "--config=none.py does not exist"),
+        (["--config.opd.tau=None"], "--config=FILE and --workdir=DIR are needed"),
+        (
+            ["--config=configs/tiny.py", "--workdir=w", "--config.sft=None"],
+            "sft=None must be a section",
+        ),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_line(arguments, says):
+    command = [sys.executable, "-m", "lopd.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done.stderr
