@@ -44,7 +44,7 @@ def _check_urls(run: Run) -> None:
 
 
 def _check_positions(run: Run, which: str, stages: tuple[str, ...]) -> None:
-    """Per model, the stages whose prompt plus response must fit its max_position_embeddings."""
+    """Refuses stages whose prompt plus response runs past a model's max_position_embeddings."""
     limit = run.model(which).max_position_embeddings
     for name in stages:
         info = stage_info(name)

@@ -309,7 +309,7 @@ def test_slots_that_do_not_fit_are_refused(one_device_mesh, monkeypatch):
     monkeypatch.setattr(placement, "_available_host_memory", lambda: 32 * per_slot)
     left = functools.partial(placement.slots_that_fit, TIED, 64, one_device_mesh)
     assert (left(), left(slots=16), left(reserved=16 * per_slot)) == (16, 16, 8)
-    with pytest.raises(UserError, match="lower it, or set it to 0"):
+    with pytest.raises(UserError, match="lower it, or set it to None"):
         left(slots=9, reserved=16 * per_slot)
     with pytest.raises(UserError, match="and 0 MiB are left beside the weights"):
         left(reserved=64 * per_slot)

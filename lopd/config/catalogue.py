@@ -63,6 +63,8 @@ class StageInfo:
     """The section that says how; by default its own."""
     scores: Of = _NONE
     """Who scores what is sampled."""
+    samples_each_step: bool = False
+    """Whether each of its training steps samples what it trains on."""
     section: str = ""
     """Its section of the settings; by default that of its name."""
     splits: bool = False
@@ -153,6 +155,7 @@ CATALOGUE = (
         samples=always(STUDENT),
         sampling="precompute",
         scores=always(TEACHER),
+        samples_each_step=True,
         section="opd",
         by_default=False,
     ),

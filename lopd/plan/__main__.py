@@ -39,10 +39,12 @@ def main(argv: list[str]) -> None:
     # Imported here: it starts jax, for which the environment had to be ready.
     from lopd.config.checks import check_settings
     from lopd.plan.summary import report
+    from lopd.stages.objective import check_objective
 
     stages = tuple(cli.STAGES.value) or settings.stages
     with cli.one_line_errors():
         check_settings(settings, stages)
+        check_objective(settings.opd)
         print(report(settings, stages, parse_topology(TOPOLOGY.value), UTILISATION.value))
 
 

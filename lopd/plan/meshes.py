@@ -106,7 +106,7 @@ def suggestion(
     per_chip = dict(sizes, data=1, fsdp=sizes["data"] * sizes["fsdp"])
     tries: list[tuple[str, dict, int, Sizes]] = [
         ("--config.runtime.remat=full", {"runtime.remat": "full"}, rows, sizes),
-        (f"--settings.runtime.rows_per_micro={shards}", {}, shards, sizes),
+        (f"--config.runtime.rows_per_micro={shards}", {}, shards, sizes),
         (f"--config.mesh.data=1 --config.mesh.fsdp={per_chip['fsdp']}", {}, rows, per_chip),
     ]
     for slots in (64, 32, 16):

@@ -97,8 +97,11 @@ def _responses(settings: Settings, info: StageInfo) -> int:
     """How many a stage samples; where the settings say "all", as many as are trained on."""
     trained = settings.sft if info.name == "sft_data" else settings.opd
     all_trained = trained.steps * trained.batch_size
-    if info.trains:
+    if info.samples_each_step:
         return all_trained
+    if info.trains:  # opd, refreshed: what the first round trains on is there
+        first = settings.opd.refresh_every or 1
+        return max(0, trained.steps - first) * trained.batch_size
     section = getattr(settings, info.sampling_section)
     prompts = all_trained if section.prompts is None else section.prompts
     return prompts * section.samples
@@ -134,7 +137,9 @@ def _sampling(settings: Settings, info: StageInfo, which: str) -> list[Program]:
     responses = _responses(settings, info)
     capacity = settings.prompt_length + section.response_length
     # Where every step samples, its responses are all there are to decode until the last has ended.
-    count = settings.opd.batch_size if info.trains else runtime.slots or DEFAULT_SLOTS
+    count = runtime.slots or DEFAULT_SLOTS
+    if info.samples_each_step:
+        count = settings.opd.batch_size
     slots = dict(slots=count, capacity=capacity)
     length = prompt_bucket(settings.prompt_length, capacity)
     truncation = Truncation(section.top_k or 0, section.top_p, section.min_p)

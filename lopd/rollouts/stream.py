@@ -100,7 +100,7 @@ def make_plan(
 
 
 def response_record(response: Response) -> dict:
-    """A response as `cache.schema.RESPONSE_FIELDS` holds it."""
+    """A response as `lopd.cache.fields.RESPONSE_FIELDS` holds it."""
     return {
         "prompt_id": response.request.prompt_id,
         "sample_id": response.request.sample_id,

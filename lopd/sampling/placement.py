@@ -99,7 +99,7 @@ def slots_for(
             f"runtime.slots={slots}: memory is left for {fitting * shards} responses of up to "
             f"{capacity} positions at a time ({per_slot / 2**20:.2g} MiB each per device, and "
             f"{bytes_per_device / 2**20:.0f} MiB are left beside the weights): lower it, or set it "
-            "to 0 for as many as fit"
+            "to None for as many as fit"
         )
     rows = min(fitting, MAX_SLOTS_PER_DEVICE)
     chosen = slots or (rows - rows % 8 if rows >= 8 else rows) * shards

@@ -76,11 +76,14 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     Raises:
       UserError: naming the model and what would fit.
     """
+    if Artefact(run.home("eval")).complete:
+        return
     longest = run.settings.prompt_length + run.settings.eval.response_length
     wanted = run.settings.eval.models
     for name, which in _shapes().items():
-        there = name in stages or (name != BASE and run.exists(name))
-        if name != BASE and not (there if wanted is None else name in wanted):
+        there = name == BASE or name in stages or run.exists(name)
+        there = there or isinstance(run.origin(name), Adopted)
+        if not (there if wanted is None else name in wanted):
             continue
         limit = run.model(which).max_position_embeddings
         if longest > limit:

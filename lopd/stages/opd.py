@@ -85,8 +85,8 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
 def record_source(run: Run, cache: Records) -> tuple[Sequence[dict], Callable[[dict], dict] | None]:
     """The records that are trained on, and what was done to each: to be done to held-out ones too.
 
-    `opd.records` of the cache; with `opd.residual_folds` also the teacher's scores less the style
-    baseline that is fitted to them here, in one pass.
+    The first `opd.records` of the cache; with `opd.residual_folds` also the teacher's scores less
+    the style baseline that is fitted to them here, in one pass.
 
     Raises:
       UserError: if the cache holds fewer records.

@@ -154,7 +154,7 @@ _DRAW: dict[str, Callable[[Section, Results, dict], Figure | None]] = {
     "grid": _grid,
     "cost": _cost,
 }
-"""What a section may ask for."""
+"""How each figure that a section may ask for is drawn."""
 
 
 def _style(colours: dict) -> dict:
