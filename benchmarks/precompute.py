@@ -69,7 +69,7 @@ def scorer(run: Run, which: str, seed: int) -> Scorer:
 
 
 def make_job(run: Run) -> Job:
-    """What `precompute` does, and with whom."""
+    """A small `precompute`: both models, their mesh, and the requests to answer and score."""
     return Job(
         student=scorer(run, "student", 1),
         teacher=scorer(run, "teacher", 0),

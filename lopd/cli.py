@@ -1,4 +1,4 @@
-"""What the commands share: flags, mistakes as one line, exit codes, signals.
+"""Shared by all commands: flags, mistakes as one line, exit codes, signals.
 
 The commands are doors: `lopd.main`, `lopd.study`, `lopd.plan`, `lopd.cache`, `lopd.report`.
 """

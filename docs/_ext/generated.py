@@ -1,4 +1,4 @@
-"""What the site makes of the source: the settings, the API pages, and the check of public names."""
+"""Pages generated from the source (settings, API), and the check that public names have docs."""
 
 import dataclasses
 import pathlib

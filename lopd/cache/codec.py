@@ -12,7 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lopd.cache.fields import SCORED_FIELDS, top_k_fields
 
 NAME = "cache"
-"""What TFDS calls the dataset."""
+"""Name of the dataset in its TFDS metadata."""
 
 
 SPLIT = "train"
@@ -43,7 +43,7 @@ def from_description(description: dict) -> dict:
 
 
 def parser(description: dict) -> Callable[[bytes], dict]:
-    """What reads a record, as TFDS serialised it, whose fields `describe` has described.
+    """The parser of serialised TFDS records with the fields that `describe` has described.
 
     It gives what TFDS' `deserialize_example_np` does, which takes most of the time of making a
     batch of short responses.

@@ -10,7 +10,7 @@ from lopd.cache import totals
 from lopd.cache.reader import Records
 
 BARS = "▁▂▃▄▅▆▇█"
-"""What `spark` draws with, from low to high."""
+"""Block characters of `spark`, from low to high."""
 _BINS = 24
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 

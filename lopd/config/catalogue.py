@@ -48,7 +48,7 @@ class StageInfo:
     does: str
     """A sentence for people."""
     title: str = ""
-    """What its model is called in tables; empty if it trains none."""
+    """Name of its model in tables; empty if it trains none."""
     needs: Of = _NONE
     """The stages whose artefacts it reads."""
     reads_if_there: tuple[str, ...] = ()

@@ -34,7 +34,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         if not isinstance(target, dict) or name not in target:
             raise UserError(f"there is no setting {key}")
         target[name] = value
-    return from_values(Settings, values, "")
+    return from_values(Settings, values)
 
 
 def from_values(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:

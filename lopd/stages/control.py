@@ -12,7 +12,7 @@ from lopd.stages.weights import load_params
 
 
 def settings(run: Run) -> dict:
-    """What the control depends on."""
+    """The settings that the control depends on."""
     shared = identity.stage_settings(run, "control") | identity.model_settings(run, STUDENT)
     return shared | training.router_settings(run)
 

@@ -35,7 +35,7 @@ def _shapes() -> dict[str, str]:
 
 
 def settings(run: Run) -> dict:
-    """What the figures depend on."""
+    """The settings that accuracies depend on."""
     settings = identity.stage_settings(run, "eval", "task", "prompt_length", "dtype")
     return settings | identity.model_settings(run, STUDENT)
 

@@ -33,7 +33,7 @@ from lopd.stages.weights import load_params
 
 
 def settings(run: Run) -> dict:
-    """What the trained student depends on."""
+    """The settings that the trained student depends on."""
     own = identity.stage_settings(run, "opd")["opd"]
     own = {key: value for key, value in own.items() if not key.startswith("refresh_")}
     return scored.cache_settings(run) | {"opd": own} | identity.model_settings(run, STUDENT)

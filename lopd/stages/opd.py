@@ -27,7 +27,7 @@ from lopd.stages.weights import load_params
 
 
 def settings(run: Run) -> dict:
-    """What the trained student depends on."""
+    """The settings that the trained student depends on."""
     own = identity.stage_settings(run, "opd") | identity.model_settings(run, STUDENT)
     return own | refresh.settings(run)
 

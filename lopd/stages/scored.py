@@ -27,7 +27,7 @@ from lopd.stages.weights import load_params, resident_dtype
 
 
 def cache_settings(run: Run) -> dict:
-    """What the cache depends on."""
+    """The settings that the cache depends on."""
     shared = {}
     if run.settings.precompute.prompts is None:  # all but the held-out ones
         shared = {"heldout_prompts": run.settings.heldout.prompts}
@@ -35,7 +35,7 @@ def cache_settings(run: Run) -> dict:
 
 
 def heldout_settings(run: Run) -> dict:
-    """What the held-out rollouts depend on."""
+    """The settings that the held-out rollouts depend on."""
     own = stage_settings(run, "heldout", "task", "prompt_length", "dtype")
     trained = run.settings.precompute
     return own | {"precompute_prompts": trained.prompts, "teacher_top_k": trained.teacher_top_k}

@@ -9,7 +9,7 @@ from lopd.stages.weights import base_params
 
 
 def settings(run: Run) -> dict:
-    """What π_ref depends on."""
+    """The settings that π_ref depends on."""
     shared = identity.stage_settings(run, "sft") | identity.model_settings(run, STUDENT)
     return shared | training.router_settings(run)
 

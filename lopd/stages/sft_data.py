@@ -26,7 +26,7 @@ def _given(run: Run) -> bool:
 
 
 def settings(run: Run) -> dict:
-    """What the data depends on."""
+    """The settings that the data depends on."""
     return stage_settings(run, "sft_data", "task", "prompt_length", "dtype")
 
 

@@ -53,7 +53,7 @@ def _worked_answers(run: Run) -> WorkedAnswers:
 
 
 def settings(run: Run) -> dict:
-    """What the trained teacher depends on."""
+    """The settings that the trained teacher depends on."""
     return stage_settings(run, "teacher", "task", "dtype")
 
 

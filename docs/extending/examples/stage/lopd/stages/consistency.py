@@ -12,7 +12,7 @@ from lopd.stages.stage import Stage
 
 
 def settings(run: Run) -> dict:
-    """What the figures depend on."""
+    """The settings that the figures depend on."""
     return {"bins": run.settings.consistency.bins}
 
 
