@@ -11,9 +11,8 @@ import sys
 import time
 
 import pytest
-from helpers.commands import BATCHES, SMALL
+from helpers.commands import BATCHES, REPOSITORY, SMALL
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
 LAUNCH = REPOSITORY / "launch"
 LAUNCHERS = {
     "local.sh": [],

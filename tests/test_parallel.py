@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers.commands import REPOSITORY
 from helpers.mesh_measurements import (
     CONFIGS,
     DENSE,
@@ -31,7 +31,6 @@ from lopd.machine.sharding import on_mesh
 from lopd.models import decoder
 from lopd.models.shardings import check_divisible, param_shardings
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
 MESHES = [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)]
 
 

@@ -1,7 +1,5 @@
 """Import of the released code's Parquet, its defects counted and nothing made up."""
 
-import pathlib
-import runpy
 import sys
 
 import numpy as np
@@ -11,8 +9,10 @@ import pytest
 import torch
 import transformers
 from etils import epath
+from helpers.commands import REPOSITORY
 from helpers.models import random_params
 from helpers.qwen3_tokenizer import qwen3_folder
+from helpers.tiny_run import tiny_config
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact, open_complete
@@ -25,7 +25,6 @@ from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.models import decoder
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
 END = 1  # of the tiny tokenizer
 LIMITS = {"prompt_length": 20, "response_length": 60}
 
@@ -175,8 +174,7 @@ def test_what_cannot_be_imported_is_one_clear_error(tmp_path, tokenizer):
 
 def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
     """The command makes what `opd.cache` takes; log π_ref equals that of Transformers."""
-    ctx_config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
-    model = decoder.DecoderConfig(**ctx_config.student.model)
+    model = decoder.DecoderConfig(**tiny_config().student.model)
     student = tmp_path / "student"
     student.mkdir()
     hugging_face.save_checkpoint(
@@ -204,7 +202,7 @@ def test_imported_cache_trains(tmp_path, tokenizer, monkeypatch, capsys):
         expected = torch.log_softmax(logits, -1)[np.arange(len(tokens) - 1), tokens[1:]]
         response = expected.numpy()[len(record["prompt_tokens"]) - 1 :]
         np.testing.assert_allclose(record["ref_logprobs"], response, atol=1e-4)
-    config = ctx_config
+    config = tiny_config()
     config.update_from_flattened_dict({
         "opd.cache": str(cache.path), "sft.checkpoint": str(student), "sft.teacher": "theirs",
         "prompt_length": 20, "opd.steps": 2, "opd.warmup_steps": 0, "opd.batch_size": 8,

@@ -1,12 +1,12 @@
 """Settings: their types and domains, and what the command line makes of them."""
 
 import dataclasses
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from helpers.commands import REPOSITORY, environment, module, refused
 
 from lopd.config import base_config, read_settings
 from lopd.config.checks import check_settings
@@ -15,8 +15,6 @@ from lopd.config.values import changed, from_values
 from lopd.data.selection import REDUCTIONS
 from lopd.errors import UserError
 from lopd.models.decoder import REMAT_POLICIES
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 def test_defaults_survive_the_way_through_a_config_dict():
@@ -116,8 +114,6 @@ def test_the_last_word_of_a_setting_counts(arguments, records):
         ),
     ],
 )
-def test_mistakes_of_the_command_line_are_one_line(arguments, says):
-    command = [sys.executable, "-m", "lopd.main", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done.stderr
+def test_mistakes_of_the_command_line_are_one_line(monkeypatch, arguments, says):
+    monkeypatch.chdir(REPOSITORY)
+    refused(module("lopd.main", *arguments, environment=environment()), says)

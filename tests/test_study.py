@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -20,8 +19,6 @@ from lopd.machine.storage import absolute
 from lopd.study import Arm, run, table
 from lopd.study.store import Store, locked
 from lopd.study.write import write
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

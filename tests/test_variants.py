@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
-import runpy
 
 import jax
 import numpy as np
 import pytest
 from helpers.models import random_params
+from helpers.tiny_run import tiny_config
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
@@ -24,12 +23,11 @@ from lopd.models.shardings import param_shardings
 from lopd.stages.run import Run
 from lopd.stages.weights import PARAMS
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
 VOCAB, STORED_K, RECORDS = 21, 8, 24
 
 
-def tiny_config(**changes):
-    config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
+def variant_config(**changes):
+    config = tiny_config()
     recipe = {"steps": 3, "warmup_steps": 0, "batch_size": 8, "row_length": 64}
     config.opd.update({**recipe, **changes})
     config.runtime.update(drift_every=2)
@@ -88,7 +86,7 @@ def made(tmp_path_factory, one_device_mesh):
 
 
 def write_artefacts(tmp_path_factory):
-    folder, config = tmp_path_factory.mktemp("made"), tiny_config()
+    folder, config = tmp_path_factory.mktemp("made"), variant_config()
     settings = read_settings(config)
     opened = Run(settings, absolute(folder), devices.make_mesh(settings.mesh.sizes))
     model = opened.model("student")
@@ -112,7 +110,7 @@ def run(made, workdir, cache="precompute", heldout="heldout", **changes) -> list
     workdir.mkdir(exist_ok=True)
     (workdir / "heldout").unlink(missing_ok=True)
     (workdir / "heldout").symlink_to(made / heldout)
-    config = tiny_config(cache=str(made / cache), **changes)
+    config = variant_config(cache=str(made / cache), **changes)
     config.sft.checkpoint = str(made / "sft")
     pipeline.run(read_settings(config), str(workdir), ("opd",))
     return [json.loads(x) for x in (workdir / "opd" / "metrics.jsonl").read_text().splitlines()]

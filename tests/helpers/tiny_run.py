@@ -16,7 +16,9 @@ import sys
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
+from helpers.commands import REPOSITORY
 from helpers.models import random_params
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
@@ -31,7 +33,6 @@ from lopd.models.shardings import param_shardings
 from lopd.stages.run import Run
 from lopd.stages.weights import PARAMS
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
 SETTINGS = {
     "precompute.prompts": 40,
     "heldout.prompts": 12,
@@ -46,11 +47,15 @@ def use_one_device(patch) -> None:
     patch.setattr(devices, "make_mesh", lambda sizes, devices=None: make(sizes, devices or first))
 
 
+def tiny_config() -> ConfigDict:
+    """The tiny config as its file makes it."""
+    return runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
+
+
 def tiny_settings(**changes) -> Settings:
     """The tiny config with SETTINGS and changes, named with __ for each dot."""
-    config = runpy.run_path(str(REPOSITORY / "configs" / "tiny.py"))["get_config"]()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return changed(read_settings(config), SETTINGS | changes)
+    return changed(read_settings(tiny_config()), SETTINGS | changes)
 
 
 def open_run(workdir, settings: Settings) -> Run:
