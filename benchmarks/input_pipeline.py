@@ -58,7 +58,7 @@ def make_cache(path: str, records: list[dict]) -> Artefact:
     shards = [records[i : i + per_shard] for i in range(0, len(records), per_shard)]
     for i, shard in enumerate(shards):
         counted = totals.of_responses(shard) | totals.of_scores(shard)
-        writer.write_shard(artefact, SCORED_FIELDS, i, len(shards), shard, counted)
+        writer.write_shard(artefact, SCORED_FIELDS, i, len(shards), shard, counted, {})
     writer.write_metadata(artefact)
     artefact.finish(writer.outputs(artefact))
     return artefact

@@ -9,7 +9,7 @@ from lopd.config.catalogue import CATALOGUE, STAGES
 from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import devices, processes, shutdown
-from lopd.machine.storage import absolute
+from lopd.machine.storage import absolute, remove_leftovers
 from lopd.preflight import stage_of
 from lopd.stages.origins import Adopted, Given
 from lopd.stages.run import Run
@@ -99,10 +99,12 @@ def identify(run: Run, name: str) -> tuple[dict, dict]:
 
 def run_stage(run: Run, name: str, title: str) -> None:
     """Runs or continues one stage, or skips it if its artefact is complete."""
-    artefact = Artefact(run.home(name) if _is_adopted(run, name) else run.place(name))
+    adopted = _is_adopted(run, name)
+    artefact = Artefact(run.home(name) if adopted else run.place(name))
     settings, inputs = identify(run, name)
     artefact.check("settings", settings)
     artefact.check("inputs", inputs)
+    _reopen_damaged(artefact, title)
     if artefact.complete:
         _say(f"{title}: complete, skipped")
         return
@@ -110,10 +112,25 @@ def run_stage(run: Run, name: str, title: str) -> None:
     processes.barrier(f"{name}: state read")  # before it changes
     start = time.perf_counter()
     artefact.begin(name, settings, inputs)
+    if processes.is_main() and not (adopted and run.worker):  # which workers share
+        remove_leftovers(artefact.path)
     before = artefact.manifest.seconds
     outputs = stage_of(run, name).run(run, artefact)
     artefact.manifest.seconds = before + time.perf_counter() - start
     artefact.finish(outputs)
+
+
+def _reopen_damaged(artefact: Artefact, title: str) -> None:
+    """Strikes what is damaged off an artefact, and says so: its stage then makes it again."""
+    if artefact.manifest is None:
+        return
+    if processes.is_main() and (found := artefact.damaged()):
+        first = next(iter(found))
+        more = f" (and {len(found) - 1} more)" if found.keys() - {first} else ""
+        _say(f"{title}: {artefact.path / first} {found[first]}{more}; what is lost is made again")
+        artefact.reopen(found)
+    processes.barrier(f"{artefact.path} verified")
+    artefact.reload()
 
 
 # What is said at the end

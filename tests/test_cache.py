@@ -53,7 +53,7 @@ def make_cache(path, shards=3, per_shard=4) -> Artefact:
     for s in range(shards):
         records = [record(s * per_shard + i) for i in range(per_shard)]
         writer.write_shard(
-            artefact, SCORED_FIELDS, s, shards, records, totals.of_responses(records)
+            artefact, SCORED_FIELDS, s, shards, records, totals.of_responses(records), {}
         )
     writer.write_metadata(artefact)
     artefact.finish({})
@@ -166,7 +166,7 @@ def test_verify_looks_into_records_too(tmp_path):
     artefact = Artefact(tmp_path)
     artefact.begin("precompute", {}, {})
     for s in range(2):
-        writer.write_shard(artefact, SCORED_FIELDS, s, 2, [record(3)], {})
+        writer.write_shard(artefact, SCORED_FIELDS, s, 2, [record(3)], {}, {})
     writer.write_metadata(artefact)
     artefact.finish({})
     with pytest.raises(UserError, match="record 0: prompt 3, sample 1 is there twice"):
@@ -182,10 +182,10 @@ def test_what_is_no_logprob_is_refused(tmp_path, field, value):
     bad[field] = bad[field].copy()
     bad[field][1] = value
     with pytest.raises(UserError, match=f"record 0: {field}"):
-        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {})
+        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {}, {})
     bad[field] = bad[field][:-1]
     with pytest.raises(UserError, match=f"{field} has 3 values for 4 tokens"):
-        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {})
+        writer.write_shard(artefact, SCORED_FIELDS, 0, 1, [bad], {}, {})
     assert not artefact.manifest.shards
 
 
@@ -193,11 +193,11 @@ def test_only_listed_shards_count(tmp_path):
     """A crash between rename and listing leaves a file that is made again, not trusted."""
     artefact = Artefact(tmp_path)
     artefact.begin("precompute", {}, {})
-    writer.write_shard(artefact, SCORED_FIELDS, 0, 2, [record(0)], {})
+    writer.write_shard(artefact, SCORED_FIELDS, 0, 2, [record(0)], {}, {})
     (tmp_path / shard_name(1, 2)).write_bytes(b"half a shard")
     resumed = Artefact(tmp_path)
     assert writer.missing_shards(resumed, 2) == [1]
-    writer.write_shard(resumed, SCORED_FIELDS, 1, 2, [record(1)], {})
+    writer.write_shard(resumed, SCORED_FIELDS, 1, 2, [record(1)], {}, {})
     writer.write_metadata(resumed)
     verify(Artefact(tmp_path))
 
@@ -207,7 +207,7 @@ def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, c
     part.begin("precompute", {}, {})
     part.manifest.worker = (1, 3)
     for s in (1, 2):
-        writer.write_shard(part, SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {})
+        writer.write_shard(part, SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {}, {})
     part.finish({"responses": 4})
     said = f"{tmp_path}: part 1/3 of a cache, 4 records in 2 shards, all right\n"
     assert command(monkeypatch, capsys, "verify", tmp_path) == (0, said, "")
@@ -232,7 +232,7 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
     artefact.begin("precompute", {}, {})
     records = [record(i) for i in range(12)]
     records[7]["teacher_logprobs"] = np.nextafter(records[7]["teacher_logprobs"], np.float32(-9))
-    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, {})
+    writer.write_shard(artefact, SCORED_FIELDS, 0, 1, records, {}, {})
     assert writer.content_fingerprint(artefact) != expected
 
 
@@ -248,10 +248,10 @@ def test_a_manifest_is_written_and_read_as_what_it_is(tmp_path):
     artefact = make_cache(tmp_path)
     entries = json.loads((tmp_path / "manifest.json").read_text())
     always = {"stage", "settings", "inputs", "complete", "code_version", "outputs", "seconds"}
-    assert entries.keys() == always | {"format_version", "checksum", "fields", "shards", "metadata"}
+    assert entries.keys() == always | {"format_version", "checksum", "fields", "shards", "files"}
     artefact.manifest.worker = (1, 3)
     artefact.manifest.plan = {"requests": 12, "prompts": "ab", "records_per_shard": 4}
-    artefact.manifest.costs = {"scoring": {"seconds": 1.5, "tokens": 3, "flops": 1e9}}
+    artefact.manifest.shards[0]["costs"] = {"scoring": {"seconds": 1.5, "tokens": 3, "flops": 1e9}}
     artefact.manifest.rounds = [
         {"start": 3, "ess_fraction": None},
         {"start": 6, "ess_fraction": 0.5, "cache": "cd"},
@@ -314,7 +314,7 @@ def test_a_shard_lies_in_its_artefact(tmp_path, name):
 def test_a_manifest_of_another_version_is_one_clear_error(tmp_path, text):
     make_cache(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"has format version (2|None), this code reads 3"):
+    with pytest.raises(UserError, match=r"has format version (2|None), this code reads 4"):
         Artefact(tmp_path)
 
 
@@ -336,7 +336,7 @@ def make_top_k_cache(path) -> Artefact:
     for s in range(2):
         records = [record_with_top_k(s * 5 + i) for i in range(5)]
         counted = totals.of_responses(records) | totals.of_scores(records)
-        writer.write_shard(artefact, fields, s, 2, records, counted)
+        writer.write_shard(artefact, fields, s, 2, records, counted, {})
     writer.write_metadata(artefact)
     artefact.finish({**writer.outputs(artefact), "tokenizer": "tiny"})
     return artefact

@@ -51,10 +51,11 @@ def content(artefact: Artefact) -> dict:
     """All that must be alike of two caches that hold the same."""
     manifest = json.loads(json.dumps(artefact.manifest.to_json()))
     assert manifest["complete"]
-    for entry in [*manifest["shards"], *manifest["metadata"]]:
+    for entry in [*manifest["shards"], *manifest["files"]]:
         del entry["sha256"], entry["bytes"]  # serialised fields may come in another order
-    for cost in manifest["outputs"]["costs"].values():
-        assert cost.pop("seconds") > 0
+    for costs in (manifest["outputs"]["costs"], *(shard["costs"] for shard in manifest["shards"])):
+        for cost in costs.values():
+            assert cost.pop("seconds") >= 0
     return {key: value for key, value in manifest.items() if key != "seconds"}
 
 
@@ -383,7 +384,7 @@ def fake_response(index: int, request: Request) -> Response:
 
 def store(responses):
     records = [stream.response_record(r) for r in responses]
-    return lambda: (records, totals.of_responses(records))
+    return lambda: writer.Made(records, totals.of_responses(records), {})
 
 
 @pytest.fixture
@@ -643,10 +644,11 @@ def block_manifest(process, workdir) -> None:
 def test_a_full_disk_is_one_line_and_can_be_continued(models, undisturbed, tmp_path):
     """/dev/full answers every write as a full disk does: of a shard, then of the manifest."""
     workdir = tmp_path / "w"
-    (workdir / "precompute").mkdir(parents=True)
-    blocked = workdir / "precompute" / f"{shard_name(1, 40)}.tmp"
+    process = start(models, workdir)
+    assert wait_for(process, workdir, 1)
+    blocked = workdir / "precompute" / f"{shard_name(12, 40)}.tmp"
     blocked.symlink_to("/dev/full")
-    stopped_by_a_full_disk(start(models, workdir))
+    stopped_by_a_full_disk(process)
     blocked.unlink(missing_ok=True)
 
     before = listed(workdir)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -126,7 +127,8 @@ def restore(path):
     """(step, state) of the newest checkpoint of a run that can be read."""
     identity = {"settings": {}, "inputs": {}}
     with orbax.open_manager(epath.Path(path) / "checkpoints") as manager:
-        return orbax.restore_newest(manager, abstract(), identity)
+        state, _ = orbax.restore_newest(manager, abstract(), identity, lambda rows: "")
+        return int(state.step), state
 
 
 def test_any_damage_of_any_file_is_harmless_or_passed_over(whole, tmp_path, capsys):
@@ -224,7 +226,7 @@ def test_other_bits_in_a_sound_file_are_damage(tmp_path):
     mesh, optimizer = mesh_of(1, 1, 1), make_optimizer(TrainingRecipe())
     state = create_state(optimizer, sharded(random_params(CONFIG, 0), mesh), mesh)
     with orbax.open_manager(epath.Path(tmp_path)) as manager:
-        orbax.save_state(manager, 1, state, {"opd": {"tau": 1}})
+        orbax.save_state(manager, 1, state, {"opd": {"tau": 1}}, {"metrics.jsonl": 7})
         manager.wait_until_finished()
         path = tmp_path / "1" / "metadata" / "metadata"
         text = path.read_text()
@@ -236,13 +238,15 @@ def test_other_bits_in_a_sound_file_are_damage(tmp_path):
             json.dumps(other | {"checksum": orbax._checksum(other)}),
         ):
             path.write_text(changed)
-            with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
-                orbax.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
+            with pytest.raises(UserError, match=r"no checkpoint under .* can be gone on from"):
+                orbax.restore_newest(manager, abstract(), {"opd": {"tau": 1}}, lambda rows: "")
         path.write_text(text)
-        step, restored = orbax.restore_newest(manager, abstract(), {"opd": {"tau": 1}})
-        assert step == 1 and params_fingerprint(restored) == params_fingerprint(state)
+        sound, restore = {"metrics.jsonl": 7}, functools.partial(orbax.restore_newest, manager)
+        found = lambda rows: "" if rows == sound else "lost"  # noqa: E731
+        restored, rows = restore(abstract(), {"opd": {"tau": 1}}, found)
+        assert rows == sound and params_fingerprint(restored) == params_fingerprint(state)
         with pytest.raises(UserError, match=r"settings \(opd.tau: 1 → 3"):
-            orbax.restore_newest(manager, abstract(), {"opd": {"tau": 3}})
+            restore(abstract(), {"opd": {"tau": 3}}, found)
 
 
 def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
@@ -261,6 +265,42 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
     run_training(tmp_path)
     rows = {step: {"metrics.jsonl": step, "drift.jsonl": 0} for step in (3, 6)}
     assert saved == rows
+
+
+def cut_rows(path, keep):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:keep]))
+
+
+def test_rows_lost_before_a_checkpoint_are_made_again(whole, tmp_path, capsys):
+    """Going on from checkpoint 6 would leave rows 1 to 4 and 7, and costs that lack two steps."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    cut_rows(tmp_path / "metrics.jsonl", keep=4)
+    assert run_training(tmp_path) == whole[1]
+    said = capsys.readouterr().err
+    assert "checkpoints/6 is damaged (ValueError: metrics.jsonl lacks rows" in said
+    assert "checkpoints/3 is" not in said
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_rows_lost_before_every_checkpoint_are_named(whole, tmp_path, keep):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    cut_rows(tmp_path / "metrics.jsonl", keep)
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(
+        UserError, match=r"no checkpoint under .* can be gone on from \(see above\)"
+    ):
+        run_training(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == keep
+
+
+def test_another_row_before_a_checkpoint_is_found(whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    drift = tmp_path / "metrics.jsonl"
+    drift.write_text(drift.read_text().replace('"step": 5', '"step": 8'))
+    assert run_training(tmp_path) == whole[1]
+    assert "checkpoints/6 is damaged" in capsys.readouterr().err
 
 
 def test_a_stop_stays_a_stop_when_metrics_cannot_be_closed(tmp_path, monkeypatch, capsys):
@@ -406,7 +446,7 @@ def test_nan_in_the_cache_stops_with_its_id(tmp_path, monkeypatch, held):
     cache.begin("precompute", {}, {})
     with monkeypatch.context() as patch:
         patch.setattr(writer, "check_record", lambda *_: None)
-        writer.write_shard(cache, SCORED_FIELDS, 0, 1, source, {})
+        writer.write_shard(cache, SCORED_FIELDS, 0, 1, source, {}, {})
     writer.write_metadata(cache)
     who = r"record 9 \(prompt_id 109, sample_id 0\): teacher_logprobs"
     if held:

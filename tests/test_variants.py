@@ -68,7 +68,7 @@ def write_cache(path, records, sft: str, tokenizer: str, top_k: int = STORED_K) 
     fields = SCORED_FIELDS | top_k_fields(top_k)
     records = [{name: r[name] for name in fields} for r in records]
     counted = totals.of_responses(records) | totals.of_scores(records)
-    writer.write_shard(artefact, fields, 0, 1, records, counted)
+    writer.write_shard(artefact, fields, 0, 1, records, counted, {})
     writer.write_metadata(artefact)
     artefact.finish({**writer.outputs(artefact), "sft": sft})
 

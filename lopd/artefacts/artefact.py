@@ -2,23 +2,39 @@
 
 An artefact is a directory with a `manifest.json`. The manifest is written, atomically, when the
 stage starts (`complete: false`, with the settings and inputs it is made from), grows as parts of
-it are finished, and is closed at the end. A file counts only when the manifest lists it. The
-manifest holds the checksum of its own text, so that no change to it goes unseen.
+it are finished, and is closed at the end. A file counts only when the manifest lists it, with its
+size and checksum; when the manifest is closed, all files are flushed and listed. The manifest holds
+the checksum of its own text, so that no change to it goes unseen.
 """
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
-from lopd.artefacts.manifest import FORMAT_VERSION, Manifest
+from lopd.artefacts.manifest import FORMAT_VERSION, FileEntry, Manifest
 from lopd.errors import UserError
 from lopd.machine import processes
-from lopd.machine.storage import absolute, write_atomically
+from lopd.machine.progress import bar
+from lopd.machine.storage import (
+    absolute,
+    file_sha256,
+    make_folder,
+    sync,
+    sync_tree,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 """The name of the file that makes a directory an artefact."""
+_UNLISTED = ("checkpoints", "tensorboard", "profile", "wandb_id")
+"""What a finished artefact may lose: states to go on from, which hold checksums of their own, and
+other views of its metrics."""
+_READERS = 4
+"""Files that are read at once for their checksums."""
 
 
 def _text(entries: dict[str, Any]) -> str:
@@ -36,6 +52,30 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return found
     return [] if old == new else [f"{prefix}: {old!r} → {new!r}"]
+
+
+def file_entry(path: epath.Path, name: str) -> FileEntry:
+    """The entry of a manifest for the file at `path`."""
+    return {"name": name, "bytes": path.stat().length, "sha256": file_sha256(path)}
+
+
+def damage(path: epath.Path, entry: FileEntry) -> str:
+    """What is wrong with a file that a manifest lists, or the empty string."""
+    if not path.exists():
+        return "is missing"
+    if (size := path.stat().length) != entry["bytes"]:
+        return f"is damaged ({size} bytes, the manifest says {entry['bytes']})"
+    if file_sha256(path) != entry["sha256"]:
+        return "is damaged (its checksum differs from the manifest's)"
+    return ""
+
+
+def _files_below(path: epath.Path, name: str = "") -> Iterator[tuple[str, epath.Path]]:
+    for child in path.iterdir():
+        if child.is_dir():
+            yield from _files_below(child, f"{name}{child.name}/")
+        else:
+            yield f"{name}{child.name}", child
 
 
 class Artefact:
@@ -100,7 +140,7 @@ class Artefact:
     def begin(self, stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
         """Opens the artefact for work, keeping what an interrupted run has finished."""
         if self.manifest is None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             own = json.loads(json.dumps([settings, inputs]))  # as they will be read
             self.manifest = Manifest(stage, *own)
         self.save()
@@ -114,8 +154,62 @@ class Artefact:
         if processes.is_main():
             write_atomically(self.path / MANIFEST, _text(self.manifest.to_json()))
 
+    def list_file(self, name: str) -> None:
+        """Lists a file that is whole, in the next `save`."""
+        others = [entry for entry in self.manifest.files if entry["name"] != name]
+        self.manifest.files = [*others, file_entry(self.path / name, name)]
+
+    def lists(self, name: str) -> bool:
+        """Whether the manifest lists a file of that name, which no record is in."""
+        return any(entry["name"] == name for entry in self.manifest.files)
+
+    def damaged(self) -> dict[str, str]:
+        """All files that are listed and not as they were, and what is wrong with each.
+
+        Reads all of them.
+        """
+        entries = [*self.manifest.shards, *self.manifest.files]
+        with (
+            bar(
+                total=len(entries), label=f"check {self.path.name}", unit="files", delay=2
+            ) as progress,
+            ThreadPoolExecutor(_READERS) as threads,
+        ):
+
+            def look(entry: FileEntry) -> str:
+                found = damage(self.path / entry["name"], entry)
+                progress.update()
+                return found
+
+            found = threads.map(look, entries)
+        return {e["name"]: text for e, text in zip(entries, found, strict=True) if text}
+
+    def reopen(self, lost: Collection[str]) -> None:
+        """Strikes files off the manifest, which its stage is to make again."""
+        for listed in (self.manifest.shards, self.manifest.files):
+            listed[:] = [entry for entry in listed if entry["name"] not in lost]
+        self.manifest.complete = False
+        self.save()
+
+    def _list_all(self) -> None:
+        """Flushes and lists every file of the directory."""
+        for child in self.path.iterdir():
+            if child.name not in _UNLISTED:
+                sync_tree(child)
+        sync(self.path)
+        apart = {MANIFEST, *(entry["name"] for entry in self.manifest.shards)}
+        found = {
+            name: path
+            for name, path in sorted(_files_below(self.path))
+            if name not in apart and name.split("/")[0] not in _UNLISTED
+        }
+        with ThreadPoolExecutor(_READERS) as threads:
+            self.manifest.files = list(threads.map(file_entry, found.values(), found))
+
     def finish(self, outputs: dict[str, Any]) -> None:
         """Closes the artefact: from now on it is complete, to every process of the run."""
+        if processes.is_main():
+            self._list_all()
         self.manifest.outputs = outputs
         self.manifest.complete = True
         self.save()

@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 
 import lopd
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of manifests and of what they describe; another one is refused."""
 
 Costs = dict[str, dict[str, float]]
@@ -25,7 +25,7 @@ class FileEntry(TypedDict):
     """A file of the artefact."""
 
     name: str
-    """In the directory of the artefact."""
+    """Its path from the directory of the artefact."""
     bytes: int
     """Its size."""
     sha256: str
@@ -40,6 +40,8 @@ class ShardEntry(FileEntry):
     """The digest of the records in hexadecimal (`lopd.cache.codec.content_digest`)."""
     totals: dict[str, int | float]
     """Counts and sums over them (`lopd.cache.totals`)."""
+    costs: Costs
+    """Of sampling and scoring them; empty if that was done elsewhere."""
 
 
 class PlanEntry(TypedDict):
@@ -90,10 +92,8 @@ class Manifest:
     """Of a record: name → [dtype, shape] (`lopd.cache.codec.describe`)."""
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
     """Those that are whole, by name."""
-    metadata: list[FileEntry] = dataclasses.field(default_factory=list)
-    """The files by which TFDS knows the folder; none in a worker's part."""
-    costs: Costs = dataclasses.field(default_factory=dict)
-    """So far; in the end they stand in the outputs."""
+    files: list[FileEntry] = dataclasses.field(default_factory=list)
+    """All others that are whole; once it is complete, all that there are (`Artefact.finish`)."""
     rounds: list[RoundEntry] = dataclasses.field(default_factory=list)
     """Of `opd` with refreshes, in order."""
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -121,10 +121,13 @@ class Manifest:
         if (version := entries.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(f"its format version is {version}, this code reads {FORMAT_VERSION}")
         manifest = _typed(entries, cls, "")
-        for entry in (*manifest.shards, *manifest.metadata):
-            # What lies elsewhere is no file of the artefact, and would be written there.
+        # What lies elsewhere is no file of the artefact, and would be written there.
+        for entry in manifest.shards:
             if not re.fullmatch(r"[\w-][\w.-]*", entry["name"]):
                 raise ValueError(f"{entry['name']!r} is no file name")
+        for entry in manifest.files:
+            if {"", ".", ".."} & {*entry["name"].split("/")}:
+                raise ValueError(f"{entry['name']!r} is no path of a file")
         return manifest
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact, differences, open_complete
 from lopd.cache import writer
 from lopd.cache.codec import shard_name
@@ -77,6 +76,5 @@ def merge(out: epath.PathLike, parts: Sequence[epath.PathLike]) -> Artefact:
         writer.copy_shard(artefact, part.path / name, entry)
     artefact.manifest.seconds = sum(part.manifest.seconds for part in opened)
     writer.write_metadata(artefact)
-    costs = accounting.total(part.outputs.get("costs", {}) for part in opened)
-    artefact.finish({**first.outputs, **writer.outputs(artefact), "costs": costs})
+    artefact.finish({**first.outputs, **writer.outputs(artefact)})
     return artefact

@@ -109,7 +109,9 @@ def from_parquet(file: epath.Path, out: epath.PathLike) -> Artefact:
         if f"{content_digest(records):064x}" != shard["content"]:
             raise UserError(f"{where}: its content is not what it was: the file is damaged")
         declared = from_description(fields)
-        writer.write_shard(artefact, declared, index, count, records, shard["totals"])
+        writer.write_shard(
+            artefact, declared, index, count, records, shard["totals"], shard.get("costs", {})
+        )
     artefact.manifest.plan, artefact.manifest.seconds = original.plan, original.seconds
     writer.write_metadata(artefact)
     artefact.finish(original.outputs)

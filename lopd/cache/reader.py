@@ -8,24 +8,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.artefact import Artefact, damage
 from lopd.cache.codec import SPLIT, content_digest, parser
 from lopd.cache.fields import check_record
 from lopd.errors import UserError
-from lopd.machine.storage import file_sha256, is_local
+from lopd.machine.storage import is_local
 
 _HELD_BYTES = 64 * 2**20
 """A cache whose shards are no larger is held in memory, decoded: seconds at start, and of short
 responses, most of whose cost is reading and decoding, a batch is made three times faster."""
-
-
-def _damage(path: epath.Path, entry: dict) -> str:
-    """What is wrong with a file that the manifest lists, or the empty string."""
-    if not path.exists():
-        return "is missing"
-    if path.stat().length != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-        return "is damaged (size or checksum differs from the manifest)"
-    return ""
+_WAY_OUT = "restore it, or run its stage again, which makes what is damaged again"
 
 
 def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
@@ -42,18 +34,18 @@ def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
             f"{artefact.path} is a worker's part of a cache: join the parts with "
             "python -m lopd.cache merge OUT PART..."
         )
-    entries = [*artefact.manifest.shards, *artefact.manifest.metadata]
+    entries = [*artefact.manifest.shards, *artefact.manifest.files]
     _verify_files(artefact, files or artefact.path, entries)
 
 
 def _verify_files(artefact: Artefact, files: epath.Path, entries: list[dict]) -> None:
     found = []
     for entry in entries:
-        if damage := _damage(files / entry["name"], entry):
-            found.append(f"{artefact.path / entry['name']} {damage}")
+        if wrong := damage(files / entry["name"], entry):
+            found.append(f"{artefact.path / entry['name']} {wrong}")
     if found:
         more = f" (and {len(found) - 1} more files)" if found[1:] else ""
-        raise UserError(f"{found[0]}{more}; delete {artefact.path} and run its stage again")
+        raise UserError(f"{found[0]}{more}; {_WAY_OUT}")
 
 
 @contextlib.contextmanager
@@ -79,8 +71,8 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     path = artefact.path / name
     parse = parser(artefact.manifest.fields)
     with _local(path) as file:
-        if damage := _damage(file, entry):
-            raise UserError(f"{path} {damage}; delete {artefact.path} and run its stage again")
+        if wrong := damage(file, entry):
+            raise UserError(f"{path} {wrong}; {_WAY_OUT}")
         reader = array_record_module.ArrayRecordReader(str(file))
         try:
             return [parse(data) for data in reader.read_all()]
@@ -99,7 +91,7 @@ def verify_records(artefact: Artefact) -> int:
     Raises:
       UserError: naming what is wrong.
     """
-    _verify_files(artefact, artefact.path, artefact.manifest.metadata)
+    _verify_files(artefact, artefact.path, artefact.manifest.files)
     seen: set[tuple[int, int]] = set()
     for shard in artefact.manifest.shards:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])

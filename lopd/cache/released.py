@@ -171,6 +171,6 @@ def import_released(
             for record, logprobs in zip(part, score(part), strict=True)
         ]
         counted = totals.of_responses(scored) | totals.of_scores(scored)
-        writer.write_shard(artefact, FIELDS, index, count, scored, counted)
+        writer.write_shard(artefact, FIELDS, index, count, scored, counted, {})
     writer.write_metadata(artefact)
     return {**writer.outputs(artefact), "imported": dataclasses.asdict(report)}

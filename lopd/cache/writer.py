@@ -3,13 +3,15 @@
 import errno
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact
-from lopd.artefacts.manifest import FileEntry, ShardEntry
+from lopd.artefacts import accounting
+from lopd.artefacts.artefact import Artefact, damage, file_entry
+from lopd.artefacts.manifest import Costs, ShardEntry
 from lopd.cache import totals
 from lopd.cache.codec import (
     content_digest,
@@ -22,10 +24,7 @@ from lopd.cache.codec import (
 from lopd.cache.fields import check_record
 from lopd.errors import UserError
 from lopd.machine import processes, shutdown
-from lopd.machine.storage import file_sha256, sync, whole_file
-
-METADATA = ("features.json", "dataset_info.json")
-"""The files by which TFDS knows the directory."""
+from lopd.machine.storage import sync, whole_file
 
 
 def _records_in(path: epath.Path) -> int:
@@ -56,10 +55,6 @@ def _write_records(path: epath.Path, serialized: Sequence[bytes]) -> None:
     sync(path)
 
 
-def _entry(path: epath.Path) -> FileEntry:
-    return {"bytes": path.stat().length, "sha256": file_sha256(path)}
-
-
 def _list(artefact: Artefact, entry: ShardEntry) -> None:
     shards = [s for s in artefact.manifest.shards if s["name"] != entry["name"]]
     artefact.manifest.shards = sorted([*shards, entry], key=lambda s: s["name"])
@@ -73,8 +68,9 @@ def write_shard(
     count: int,
     records: Sequence[dict],
     counted: dict,
+    costs: Costs,
 ) -> None:
-    """Writes shard `index` of `count` and lists it in the manifest, with its totals `counted`.
+    """Writes shard `index` of `count` and lists it, with its totals `counted` and its costs.
 
     The order is what makes it safe: write a temporary file, close, reopen and count, flush,
     rename, list. Shards may come in any order; the manifest lists them in theirs.
@@ -85,10 +81,10 @@ def write_shard(
     serialized = [description.serialize_example(record) for record in records]
     path = artefact.path / shard_name(index, count)
     content = f"{content_digest(records):064x}"
-    about = {"name": path.name, "records": len(records), "content": content, "totals": counted}
+    about = {"records": len(records), "content": content, "totals": counted, "costs": costs}
     with whole_file(path) as file:
         _write_records(file, serialized)
-        entry = _entry(file)
+        entry = file_entry(file, path.name)
     artefact.manifest.fields = describe(fields)
     _list(artefact, entry | about)
 
@@ -101,10 +97,19 @@ def copy_shard(artefact: Artefact, source: epath.Path, entry: ShardEntry) -> Non
     """
     with whole_file(artefact.path / entry["name"]) as file:
         source.copy(file, overwrite=True)
-        found = _entry(file)
-        if any(found[key] != entry[key] for key in found):
-            raise UserError(f"{source} is damaged (size or checksum differs from its manifest)")
+        if found := damage(file, entry):
+            raise UserError(f"{source} {found}")
     _list(artefact, entry)
+
+
+class Made(NamedTuple):
+    """A shard that is to be written."""
+
+    records: Sequence[dict]
+    totals: dict
+    """Counts and sums over them (`lopd.cache.totals`)."""
+    costs: Costs
+    """Of making them; empty if they are not told."""
 
 
 class ShardWriter:
@@ -121,18 +126,18 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._last: Future | None = None
 
-    def put(self, index: int, make: Callable[[], tuple[Sequence[dict], dict]]) -> None:
+    def put(self, index: int, make: Callable[[], Made]) -> None:
         """Waits until the shard before is safe, then hands over shard `index`.
 
         Args:
           index: of the shard.
-          make: gives its records and totals; called in the thread.
+          make: called in the thread.
         """
 
         def write() -> None:
-            records, counted = make()
+            made = make()
             if processes.is_main():
-                write_shard(self._artefact, self._fields, index, self._count, records, counted)
+                write_shard(self._artefact, self._fields, index, self._count, *made)
 
         self._wait()
         self._last = self._thread.submit(write)
@@ -163,9 +168,14 @@ def content_fingerprint(artefact: Artefact) -> str:
 
 
 def outputs(artefact: Artefact) -> dict:
-    """What the shards that a manifest lists amount to, and their identity."""
-    summed = totals.add(artefact.manifest.shards)
-    return {**totals.report(summed), "fingerprint": content_fingerprint(artefact)}
+    """What the shards that a manifest lists amount to and have cost, and their identity."""
+    shards = artefact.manifest.shards
+    costs = accounting.total(shard["costs"] for shard in shards)
+    return {
+        **totals.report(totals.add(shards)),
+        "fingerprint": content_fingerprint(artefact),
+        **({"costs": costs} if costs else {}),
+    }
 
 
 def missing_shards(artefact: Artefact, count: int) -> list[int]:
@@ -175,7 +185,7 @@ def missing_shards(artefact: Artefact, count: int) -> list[int]:
 
 
 def write_metadata(artefact: Artefact) -> None:
-    """Adds the TFDS files once all shards are there, and lists them, so that TFDS opens it."""
+    """Adds the TFDS files once all shards are there, so that TFDS opens it."""
     shards = artefact.manifest.shards
     fields = from_description(artefact.manifest.fields)
     tfds.folder_dataset.write_metadata(
@@ -188,9 +198,3 @@ def write_metadata(artefact: Artefact) -> None:
         ],
         check_data=False,
     )
-    for name in METADATA:
-        sync(artefact.path / name)
-    artefact.manifest.metadata = [
-        {"name": name, **_entry(artefact.path / name)} for name in METADATA
-    ]
-    artefact.save()

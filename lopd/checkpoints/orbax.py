@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from lopd.artefacts.artefact import differences
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.errors import UserError
+from lopd.machine import processes
 from lopd.machine.storage import is_local
 from lopd.models.memory import tree_bytes
 
@@ -63,6 +64,9 @@ def open_manager(
 
 def save_params(path: epath.Path, params: Any) -> None:
     """Writes finished weights; the directory appears only when it is whole."""
+    if processes.is_main():
+        for leftover in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+            leftover.rmtree()  # of a run that was killed
     with full_disk_is_an_os_error(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params, force=True)
 
@@ -73,9 +77,20 @@ def load_params(path: epath.Path, target: Any) -> Any:
     Args:
       path: what `save_params` wrote.
       target: a tree of `jax.ShapeDtypeStruct` (`lopd.models.shardings.abstract_params_on`).
+
+    Raises:
+      UserError: if they are damaged.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, target)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise UserError(
+            f"{path} is damaged ({_in_a_line(error)}): restore it, or run its stage again, which "
+            "makes what is damaged again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -145,17 +160,23 @@ def _gib(size: int) -> str:
 
 
 def save_state(
-    manager: ocp.CheckpointManager, step: int, state: Any, identity: dict[str, Any]
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    identity: dict[str, Any],
+    rows: dict[str, Any],
 ) -> None:
     """Starts saving; returns once the arrays are off the devices, so they may be donated.
 
     Args:
       identity: the settings and inputs that the state was made with, for JSON.
+      rows: what of the metrics is there by then, for JSON; that of the main process counts.
 
     Raises:
       OSError: no room left on the disk, also when it was an earlier save that failed.
     """
-    metadata = {"step": step, "content": params_fingerprint(state), "identity": identity}
+    content = params_fingerprint(state)
+    metadata = {"step": step, "content": content, "identity": identity, "rows": rows}
     metadata["checksum"] = _checksum(metadata)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
@@ -165,7 +186,13 @@ def save_state(
         manager.save(step, args=args, force=True)
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any, dict]:
+Check = Callable[[dict[str, Any]], str]
+"""Given the rows of a checkpoint, says what is wrong with those that are there now, if anything."""
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, abstract: Any, check: Check
+) -> tuple[Any, dict]:
     """One checkpoint, compared with the fingerprint that was taken before it was written."""
     restored = manager.restore(
         step,
@@ -179,6 +206,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[
     found, expected = params_fingerprint(restored.state), metadata["content"]
     if found != expected:
         raise ValueError(f"its content has fingerprint {found}, but {expected} was saved")
+    if wrong := check(metadata["rows"]) if processes.is_main() else "":
+        raise ValueError(wrong)
     return restored.state, metadata
 
 
@@ -213,7 +242,13 @@ def _worst(outcome: _Outcome) -> _Outcome:
     return outcome
 
 
-def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any, dict] | None:
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, abstract: Any, check: Check
+) -> tuple[Any, dict] | None:
     """State and metadata of a checkpoint; None if it is damaged, to any process, which is reported.
 
     Raises:
@@ -223,11 +258,10 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any
         outcome, found = _Outcome.READ, None
         reason, cause = "another process could not read it", None
         try:
-            found = _restore(manager, step, abstract)
+            found = _restore(manager, step, abstract, check)
         except Exception as error:
             outcome = _Outcome.DAMAGED if _is_damage(error) else _Outcome.FAILED
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            cause = error
+            reason, cause = _in_a_line(error), error
         outcome = _worst(outcome)
         if outcome != _Outcome.FAILED:
             break
@@ -250,12 +284,12 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any
 
 
 def restore_newest(
-    manager: ocp.CheckpointManager, abstract: Any, identity: dict[str, Any]
-) -> tuple[int, Any]:
-    """(step, state) of the newest checkpoint that can be read, in the shardings of `abstract`.
+    manager: ocp.CheckpointManager, abstract: Any, identity: dict[str, Any], check: Check
+) -> tuple[Any, dict[str, Any]] | None:
+    """State and rows of the newest checkpoint that can be gone on from; None if there is none.
 
-    Damaged ones are reported on stderr, and deleted once an older one has been read. Without
-    any checkpoint the answer is (0, None).
+    The state is in the shardings of `abstract`. Damaged checkpoints, and those whose rows `check`
+    does not find, are reported on stderr, and deleted once an older one has been read.
 
     Raises:
       UserError: if there are checkpoints but none can be read; if one cannot be read now for a
@@ -264,17 +298,17 @@ def restore_newest(
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
-        if (read := _read(manager, step, abstract)) is not None:
+        if (read := _read(manager, step, abstract, check)) is not None:
             state, metadata = read
             break
         damaged.append(step)
     else:
         if damaged:
             raise UserError(
-                f"no checkpoint under {manager.directory} can be read (see above): delete it to "
-                "start this stage from its beginning"
+                f"no checkpoint under {manager.directory} can be gone on from (see above): restore "
+                "what is damaged, or delete it to start this stage from its beginning"
             )
-        return 0, None
+        return None
     found = differences(metadata["identity"], identity)
     if found:
         raise UserError(
@@ -283,4 +317,4 @@ def restore_newest(
         )
     for step_damaged in damaged:
         manager.delete(step_damaged)
-    return step, state
+    return state, metadata["rows"]

@@ -8,12 +8,24 @@ import tqdm
 from lopd.machine import processes
 
 
-def bar(iterable: Iterable | None = None, *, total: int, label: str, unit: str, initial: int = 0):
-    """A progress bar with rate and time left; in a log file, a line every ten seconds."""
+def bar(
+    iterable: Iterable | None = None,
+    *,
+    total: int,
+    label: str,
+    unit: str,
+    initial: int = 0,
+    delay: float = 0.0,
+):
+    """A progress bar with rate and time left; in a log file, a line every ten seconds.
+
+    What may be done at once has none before `delay` seconds are over.
+    """
     return tqdm.tqdm(
         iterable,
         total=total,
         initial=initial,
+        delay=delay,
         desc=f"{label:<10}",
         unit=f" {unit}",
         # Left out where it is not needed, as it would win over TQDM_DISABLE.

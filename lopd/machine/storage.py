@@ -106,6 +106,16 @@ def sync(path: epath.Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: epath.Path) -> None:
+    """`sync` of a folder with all that is in it, or of a file."""
+    if not is_local(path):
+        return
+    if path.is_dir():
+        for child in path.iterdir():
+            sync_tree(child)
+    sync(path)
+
+
 def file_sha256(path: epath.Path) -> str:
     """SHA-256 of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
@@ -113,6 +123,26 @@ def file_sha256(path: epath.Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder that outlasts the machine, with those above it."""
+    missing = [folder for folder in (path, *path.parents) if is_local(path) and not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def remove_leftovers(folder: epath.Path) -> None:
+    """Deletes what killed processes have left of files that they did not finish.
+
+    For whoever is alone in writing there.
+    """
+    if not is_local(folder):
+        return
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
@@ -175,16 +205,9 @@ class Growing:
     def sync(self) -> None:
         """Makes what has been written so far last."""
         if self.local == self.path:
-            _flush(self.path)
+            sync_tree(self.path)
         else:
             _upload(self.local, self.path)
-
-
-def _flush(path: epath.Path) -> None:
-    if path.is_dir():
-        for child in path.iterdir():
-            _flush(child)
-    sync(path)
 
 
 def _upload(source: epath.Path, target: epath.Path) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.manifest import Costs
 from lopd.cache import reader, totals, writer
 from lopd.cache.codec import shard_name
 from lopd.cache.fields import REF_SCORED_FIELDS, SCORED_FIELDS, top_k_fields
@@ -216,14 +217,14 @@ class _GapWarning:
 
 
 class _Spent:
-    """Adds what a pass has cost to its artefact's manifest, under "costs", with every shard.
+    """Tells what a pass has cost, shard by shard.
 
     The device goes from sampling to scoring and back without a pause. What passes from a shard's
     hand-over until its scores are there counts as scoring, all else as sampling.
     """
 
-    def __init__(self, artefact: Artefact):
-        self._artefact, self._last = artefact, time.perf_counter()
+    def __init__(self):
+        self._last = time.perf_counter()
 
     def on_shard(
         self,
@@ -231,16 +232,15 @@ class _Spent:
         scorers: Sequence[Scorer],
         began: float,
         sampled_by: decoder.DecoderConfig | None = None,
-    ) -> None:
-        """Counts a shard whose scoring `began` then and has just ended."""
+    ) -> Costs:
+        """The costs of a shard whose scoring `began` then and has just ended."""
         began, now = max(began, self._last), time.perf_counter()
         models = [scorer.model for scorer in scorers]
         costs = {"scoring": accounting.forward(models, records, now - began)}
         if sampled_by:
             costs["sampling"] = accounting.forward([sampled_by], records, began - self._last)
         self._last = now
-        manifest = self._artefact.manifest
-        manifest.costs = accounting.total([manifest.costs, costs])
+        return costs
 
 
 def _scored(
@@ -258,7 +258,7 @@ def _sampling_pass(
     ref_params = job.student.load()
     by_ref = job.student.dispatcher(ref_params)
     by_teacher = teacher_params and job.teacher.dispatcher(teacher_params)
-    gap_warning, spent = _GapWarning(job.student.model.dtype), _Spent(artefact)
+    gap_warning, spent = _GapWarning(job.student.model.dtype), _Spent()
     scorers = (job.student, job.teacher) if teacher_params else (job.student,)
 
     def score(responses: list[Response]) -> stream.Finish:
@@ -274,8 +274,8 @@ def _sampling_pass(
             counted |= totals.of_gaps([r.logprobs for r in responses], ref_logprobs)
             gap_warning.check(counted)
             finished = _scored(records, counted, teacher()) if teacher else (records, counted)
-            spent.on_shard(records, scorers, began, sampled_by=job.student.model)
-            return finished
+            costs = spent.on_shard(records, scorers, began, sampled_by=job.student.model)
+            return writer.Made(*finished, costs)
 
         return finish
 
@@ -288,17 +288,17 @@ def _sampling_pass(
 def _teacher_pass(job: Job, artefact: Artefact, plan: stream.Plan, sampled: Artefact) -> None:
     """The teacher scores the shards that π_ref has sampled."""
     dispatch = job.teacher.dispatcher(job.teacher.load())
-    counted = {shard["name"]: shard["totals"] for shard in sampled.manifest.shards}
-    spent = _Spent(artefact)
+    before = {shard["name"]: shard for shard in sampled.manifest.shards}
+    spent = _Spent()
 
     def score(name: str) -> stream.Finish:
         records, began = reader.read_shard(sampled, name), time.perf_counter()
         scores = dispatch(records)
 
         def finish() -> tuple[list[dict], dict]:
-            finished = _scored(records, counted[name], scores())
-            spent.on_shard(records, (job.teacher,), began)
-            return finished
+            finished = _scored(records, before[name]["totals"], scores())
+            costs = [before[name]["costs"], spent.on_shard(records, (job.teacher,), began)]
+            return writer.Made(*finished, accounting.total(costs))
 
         return finish
 
@@ -348,9 +348,6 @@ def sample_and_score(job: Job, artefact: Artefact, requests: Sequence[Request]) 
             processes.barrier(f"{sampled.path} written")
             sampled.reload()
         _teacher_pass(job, artefact, plan, sampled)
-    costs = [a.manifest.costs for a in (artefact, sampled) if a.manifest]
     if processes.is_main() and sampled.path.exists():
         sampled.path.rmtree()
-    outputs = stream.finish(artefact)
-    artefact.manifest.costs = {}  # they stand in the outputs now
-    return {**outputs, "costs": accounting.total(costs)}
+    return stream.finish(artefact)

@@ -23,8 +23,8 @@ from lopd.sampling.engine import Request, Response, Stats
 
 Sample = Callable[[Sequence[Request]], Iterator[Response]]
 """Answers requests, in the order of finishing."""
-Finish = Callable[[], tuple[list[dict], dict]]
-"""Gives a shard's records and totals; called in the writer's thread."""
+Finish = Callable[[], writer.Made]
+"""Gives a full shard; called in the writer's thread."""
 
 
 @dataclasses.dataclass(frozen=True)

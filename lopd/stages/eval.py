@@ -138,6 +138,10 @@ def _grade_one(
     return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
 
 
+def _responses(name: str) -> str:
+    return f"responses_{name}.jsonl"
+
+
 def _grade(run: Run, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
     tests, params, recipe = prompts(run), _params(run, name), run.settings.eval
@@ -158,7 +162,8 @@ def _grade(run: Run, artefact: Artefact, name: str) -> dict:
                 lines += [{"test": test, "mode": mode, **line} for line in graded]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if processes.is_main():
-        write_atomically(artefact.path / f"responses_{name}.jsonl", text)
+        write_atomically(artefact.path / _responses(name), text)
+        artefact.list_file(_responses(name))
     return results
 
 
@@ -166,7 +171,7 @@ def evaluate(run: Run, artefact: Artefact) -> dict:
     """Evaluates each model, remembering those an interrupted run has finished."""
     results = artefact.manifest.results
     for name in inputs(run):
-        if name not in results:
+        if name not in results or not artefact.lists(_responses(name)):
             results[name] = _grade(run, artefact, name)
             artefact.save()
     summary = {"split": run.settings.eval.split, "seed": run.settings.seed, "models": results}

@@ -7,6 +7,7 @@ import numpy as np
 from lopd.artefacts.artefact import Artefact
 from lopd.cache import totals
 from lopd.cache.fields import RESPONSE_FIELDS
+from lopd.cache.writer import Made
 from lopd.config.catalogue import TEACHER
 from lopd.errors import UserError
 from lopd.machine import processes
@@ -87,7 +88,7 @@ def make(run: Run, artefact: Artefact) -> dict:
     def store(responses: list[Response]) -> stream.Finish:
         records = [stream.response_record(r) for r in responses]
         records = [{name: record[name] for name in fields} for record in records]
-        return lambda: (records, totals.of_responses(records))
+        return lambda: Made(records, totals.of_responses(records), {})
 
     if plan.missing:
         stream.write_responses(artefact, plan, fields, answer, store)

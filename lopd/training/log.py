@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,14 @@ from lopd.machine.storage import Growing
 from lopd.models import decoder
 from lopd.models.flops import training_flops
 from lopd.training.drift import panel_row, scalars
-from lopd.training.metrics_files import MetricsFile, metrics_writers
+from lopd.training.metrics_files import (
+    DRIFT,
+    METRICS,
+    NO_ROWS,
+    MetricsFile,
+    Rows,
+    metrics_writers,
+)
 from lopd.training.state import learning_rate_schedule
 
 
@@ -56,12 +64,13 @@ class StepLog:
         mesh: Mesh,
         start: int,
         drift: bool,
+        rows: Mapping[str, Rows] = {},
     ):
-        settings = artefact.manifest.settings
-        self._writers = metrics_writers(artefact.path, start, metrics, settings)
+        settings, kept = artefact.manifest.settings, rows.get(METRICS, NO_ROWS)
+        self._writers = metrics_writers(artefact.path, start, metrics, settings, kept)
         self._drift = None
         if drift and processes.is_main():
-            self._drift = MetricsFile(artefact.path / "drift.jsonl", start)
+            self._drift = MetricsFile(artefact.path / DRIFT, rows.get(DRIFT, NO_ROWS))
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
         counts = jnp.arange(recipe.steps)
@@ -117,6 +126,12 @@ class StepLog:
         """Makes the rows so far last, as going on from a later checkpoint writes none of them."""
         for writer in self._all:
             writer.sync()
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """The rows so far of each file, which belong to a checkpoint; of the main process."""
+        files = {METRICS: self._writers[:1], DRIFT: [self._drift] if self._drift else []}
+        return {name: file.rows for name, found in files.items() for file in found}
 
     def close(self) -> None:
         """Closes the files and the live line, all of them; what prevents it does not take the place

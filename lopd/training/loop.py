@@ -22,6 +22,7 @@ from lopd.objectives.sampled import Objective
 from lopd.training import failure
 from lopd.training.drift import Drift
 from lopd.training.log import InFlight, NotFinite, Profile, StepLog
+from lopd.training.metrics_files import Rows, check_rows
 from lopd.training.state import TrainState, abstract_state, create_state, make_optimizer
 from lopd.training.step import make_train_step
 from lopd.training.trees import merged
@@ -70,8 +71,8 @@ def _resume(
     mesh: Mesh,
     steps: int,
     runtime: RuntimeSettings,
-) -> tuple[int, TrainState]:
-    """The step and state to go on from: the newest good checkpoint's, or a fresh one."""
+) -> tuple[TrainState, dict[str, Rows]]:
+    """The state to go on from, the newest good checkpoint's or a fresh one, and its rows."""
     abstract = abstract_state(optimizer, trainable, mesh)
     orbax.check_room(
         artefact.path / "checkpoints",
@@ -82,12 +83,14 @@ def _resume(
         keep_checkpoints=runtime.keep_checkpoints,
         keep_every=runtime.keep_every or 0,
     )
-    start, state = orbax.restore_newest(manager, abstract, _identity(artefact))
-    if state is None:
-        return start, create_state(optimizer, trainable, mesh)
+    check = functools.partial(check_rows, artefact.path)
+    found = orbax.restore_newest(manager, abstract, _identity(artefact), check)
+    if found is None:
+        return create_state(optimizer, trainable, mesh), {}
+    state, rows = found
     # What was saved when a step was not finite still says so, which would hold back every update.
     finite = jax.jit(lambda: jnp.ones((), bool), out_shardings=abstract.finite.sharding)()
-    return start, state.replace(finite=finite)
+    return state.replace(finite=finite), rows
 
 
 def _identity(artefact: Artefact) -> dict:
@@ -149,8 +152,9 @@ def train(
         orbax.full_disk_is_an_os_error(),
         orbax.open_manager(directory, keep, runtime.keep_every or 0) as manager,
     ):
-        start, state = _resume(manager, artefact, trainable, optimizer, mesh, recipe.steps, runtime)
-        log = StepLog(artefact, model, recipe, metrics, mesh, start, drift is not None)
+        state, rows = _resume(manager, artefact, trainable, optimizer, mesh, recipe.steps, runtime)
+        start = int(state.step)
+        log = StepLog(artefact, model, recipe, metrics, mesh, start, drift is not None, rows)
         loop = _Loop(
             artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state, frozen
         )
@@ -260,7 +264,8 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         self.log.sync()
-        orbax.save_state(self.manager, step, self.state, _identity(self.artefact))
+        identity = _identity(self.artefact)
+        orbax.save_state(self.manager, step, self.state, identity, self.log.rows)
         failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:

@@ -1,19 +1,51 @@
 """Where a training step's row goes: metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import hashlib
 import json
 import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypedDict
 
 import numpy as np
 from etils import epath
 
 from lopd.config.settings import MetricsSettings
+from lopd.errors import UserError
 from lopd.machine import processes, shutdown
 from lopd.machine.storage import Growing, write_atomically
+
+METRICS, DRIFT = "metrics.jsonl", "drift.jsonl"
+"""The files' names."""
+
+
+class Rows(TypedDict):
+    """The beginning of a file of rows: those up to some step."""
+
+    bytes: int
+    sha256: str
+
+
+NO_ROWS = Rows(bytes=0, sha256=hashlib.sha256().hexdigest())
+"""Of a file that is empty, or not there."""
+
+
+def _read_rows(path: epath.Path, rows: Rows) -> bytes | None:
+    """The rows, or None if they are not in the file any more as they were."""
+    found = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
+    return found if hashlib.sha256(found).hexdigest() == rows["sha256"] else None
+
+
+def check_rows(folder: epath.Path, rows: Mapping[str, Rows]) -> str:
+    """What is wrong with the rows that belong to a checkpoint, by file name; empty if nothing is.
+
+    A training that went on without them would leave files with a gap, and costs that lack a part.
+    """
+    lost = [name for name in rows if _read_rows(folder / name, rows[name]) is None]
+    return f"{' and '.join(lost)} lacks rows that were there then, or has others" if lost else ""
 
 
 class MetricsFile:
@@ -22,20 +54,24 @@ class MetricsFile:
     In a bucket, rows show after `sync` and at the end.
     """
 
-    def __init__(self, path: epath.Path, resume_step: int = 0):
-        """Opens the file, dropping what an interrupted run wrote after `resume_step`."""
-        kept = []
-        if resume_step and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break  # the last line of a killed run
-                if row["step"] <= resume_step:
-                    kept.append(line)
+    def __init__(self, path: epath.Path, rows: Rows = NO_ROWS):
+        """Opens the file with its first `rows`, dropping what an interrupted run wrote after them.
+
+        Raises:
+          UserError: if they are not there.
+        """
+        kept = _read_rows(path, rows)
+        if kept is None:
+            raise UserError(f"{path} has lost rows, or has others: restore it")
         self._growing = Growing(path)
-        write_atomically(self._growing.local, "".join(line + "\n" for line in kept))
-        self._file = self._growing.local.open("a")
+        write_atomically(self._growing.local, kept.decode())
+        self._file = self._growing.local.open("ab")
+        self._bytes, self._digest = rows["bytes"], hashlib.sha256(kept)
+
+    @property
+    def rows(self) -> Rows:
+        """The rows so far."""
+        return Rows(bytes=self._bytes, sha256=self._digest.hexdigest())
 
     def write(self, row: dict) -> None:
         """Appends one row; a number that is not finite becomes null, which JSON has."""
@@ -43,8 +79,11 @@ class MetricsFile:
             name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in row.items()
         }
-        self._file.write(json.dumps(row) + "\n")
+        line = f"{json.dumps(row)}\n".encode()
+        self._file.write(line)
         self._file.flush()
+        self._bytes += len(line)
+        self._digest.update(line)
 
     def sync(self) -> None:
         """Makes the rows so far outlast the machine."""
@@ -165,12 +204,24 @@ class WandB:
 
 
 def metrics_writers(
-    path: epath.Path, resume_step: int, metrics: MetricsSettings, settings: dict
+    path: epath.Path,
+    resume_step: int,
+    metrics: MetricsSettings,
+    settings: dict,
+    rows: Rows = NO_ROWS,
 ) -> list:
-    """Where each step's row goes; `settings` are those of the stage, to be shown beside it."""
+    """Where each step's row goes, in the main process; `metrics.jsonl` is the first.
+
+    Args:
+      path: the artefact's.
+      resume_step: after which step it goes on.
+      metrics: the section of the settings.
+      settings: those of the stage, to be shown beside it.
+      rows: those of metrics.jsonl up to that step.
+    """
     if not processes.is_main():
         return []
-    writers = [MetricsFile(path / "metrics.jsonl", resume_step)]
+    writers = [MetricsFile(path / METRICS, rows)]
     if metrics.tensorboard:
         writers.append(TensorBoard(path / "tensorboard", resume_step))
     if metrics.wandb:
