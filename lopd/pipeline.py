@@ -1,14 +1,16 @@
 """Runs the stages in order: skips what is complete, continues what is partial, refuses the rest."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 from lopd import preflight, report
 from lopd.artefacts.artefact import Artefact
 from lopd.config.catalogue import CATALOGUE, STAGES
 from lopd.config.settings import Settings
 from lopd.errors import UserError
-from lopd.machine import devices, processes, shutdown
+from lopd.machine import devices, lock, processes, shutdown
 from lopd.machine.storage import absolute, remove_leftovers
 from lopd.preflight import stage_of
 from lopd.stages.origins import Adopted, Given
@@ -42,26 +44,47 @@ def run(
     if worker:
         _check_splits(stages)
     preflight.check_settings(one, stages)
-    preflight.check_artefacts(one, stages)
-    preflight.check_writable(one)
-    ordered = [name for name in STAGES if name in stages or _is_adopted(one, name)]
+    with _alone(one):
+        preflight.check_artefacts(one, stages)
+        preflight.check_writable(one)
+        _run_all(one, [name for name in STAGES if name in stages or _is_adopted(one, name)])
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Refuses a second run in the same directory; of several processes, the first sees to it."""
+    name = "{}-{}-of-{}".format(lock.LOCK, *run.worker) if run.worker else lock.LOCK
+    error = None
+    with contextlib.ExitStack() as held:
+        if processes.is_main():
+            try:
+                held.enter_context(lock.held(run.workdir, name))
+            except UserError as refusal:
+                error = refusal
+        if processes.any_process(error is not None):
+            raise error or UserError(f"--workdir={run.workdir}: see the first process's error")
+        yield
+
+
+def _run_all(run: Run, ordered: list[str]) -> None:
+    """The stages, and what is said and left at the end, whichever it is."""
     try:
-        _run_stages(one, ordered)
+        _run_stages(run, ordered)
     except shutdown.Stopped:
         # What a stop was for may come half a minute after the signal, and leaving with the right
         # code goes before a page.
         if processes.is_main() and shutdown.seconds_since_request() < _REPORT_WITHIN:
             with shutdown.ignored():
-                _write_report(one, failed=True)
+                _write_report(run, failed=True)
         raise
     except BaseException:
         # After a failure people want to see above all what the stages have left.
         if processes.is_main():
-            _write_report(one, failed=True)
+            _write_report(run, failed=True)
         raise
     if processes.is_main():
-        _print_summary(one, ordered)
-        _write_report(one, failed=False)
+        _print_summary(run, ordered)
+        _write_report(run, failed=False)
 
 
 def _check_splits(stages: tuple[str, ...]) -> None:

@@ -192,7 +192,7 @@ def test_damage_in_a_bucket_is_found(whole_in_bucket, bucket):
 
 def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
     read_only = run("gs://readonly/run", more_environment=bucket.environment)
-    refused(read_only, "gs://readonly/run cannot be written: Forbidden")
+    refused(read_only, "gs://readonly/run cannot be written: 403")
     for name, says in {
         "nobucket": "there is no such bucket",
         "objectsonly": "lacks storage",
@@ -315,14 +315,6 @@ def test_damage_to_what_is_finished_is_named_and_made_again(whole, tmp_path):
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         made = [len((path / "opd" / name).read_text().splitlines()) for path in (workdir, whole[0])]
         assert made[0] == made[1]
-
-
-def test_damage_to_what_another_stage_reads_is_named(whole, tmp_path):
-    workdir = tmp_path / "w"
-    shutil.copytree(whole[0], workdir)
-    shutil.rmtree(workdir / "eval")
-    empty(workdir / "sft" / "params" / "_METADATA")
-    refused(run(workdir, "eval"), str(workdir / "sft" / "params"), "damaged", "run its stage again")
 
 
 def test_damaged_weights_are_found(whole, tmp_path):

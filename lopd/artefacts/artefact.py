@@ -18,6 +18,7 @@ from etils import epath
 from lopd.artefacts.manifest import FORMAT_VERSION, FileEntry, Manifest
 from lopd.errors import UserError
 from lopd.machine import processes
+from lopd.machine.lock import LOCK
 from lopd.machine.progress import bar
 from lopd.machine.storage import (
     absolute,
@@ -30,9 +31,9 @@ from lopd.machine.storage import (
 
 MANIFEST = "manifest.json"
 """The name of the file that makes a directory an artefact."""
-_UNLISTED = ("checkpoints", "tensorboard", "profile", "wandb_id")
-"""What a finished artefact may lose: states to go on from, which hold checksums of their own, and
-other views of its metrics."""
+_UNLISTED = (LOCK, "checkpoints", "tensorboard", "profile", "wandb_id")
+"""What a finished artefact may lose: states to go on from, which hold checksums of their own, other
+views of its metrics, and the lock of whoever writes it."""
 _READERS = 4
 """Files that are read at once for their checksums."""
 

@@ -21,6 +21,7 @@ from absl import logging
 from lopd import cli
 from lopd.artefacts.artefact import open_complete
 from lopd.errors import UserError
+from lopd.machine import lock
 from lopd.machine.storage import absolute
 
 
@@ -71,7 +72,8 @@ def _show(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from lopd.cache import merge
 
-    artefact = merge.merge(args.out, args.parts)
+    with lock.held(absolute(args.out)):
+        artefact = merge.merge(args.out, args.parts)
     print(f"{artefact.path}: {artefact.outputs['responses']} responses")
 
 
@@ -84,7 +86,8 @@ def _to_parquet(args: argparse.Namespace) -> None:
 def _from_parquet(args: argparse.Namespace) -> None:
     from lopd.cache import parquet
 
-    parquet.from_parquet(absolute(args.file), args.dir)
+    with lock.held(absolute(args.dir)):
+        parquet.from_parquet(absolute(args.file), args.dir)
 
 
 def _import_released(args: argparse.Namespace) -> None:
@@ -93,7 +96,8 @@ def _import_released(args: argparse.Namespace) -> None:
     cli.parse_flags(["lopd.cache", *args.settings])
     if cli.CONFIG.value is None:
         raise UserError("import-released needs --config=FILE, as lopd.main does")
-    print(released.import_file(cli.settings(), args.file, args.dir))
+    with lock.held(absolute(args.dir)):
+        print(released.import_file(cli.settings(), args.file, args.dir))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,10 +46,12 @@ class _Handler(RequestHandler):
         query = dict(urllib.parse.parse_qsl(url.query))
         name = urllib.parse.unquote(name or "") or query.get("name", "")
         self.generation = "0"
-        with contextlib.suppress(NotFound):
-            self.generation = self.storage.get_file_obj(bucket, name)["generation"]
         if not self._whole_body():
             return 400
+        if query.get("uploadType") == "multipart":  # which names the object in its first part
+            name = re.search(rb'"name": *"([^"]*)"', self.rfile.getvalue())[1].decode()
+        with contextlib.suppress(NotFound):
+            self.generation = self.storage.get_file_obj(bucket, name)["generation"]
         if bucket == READ_ONLY and self.command != "GET":
             return 403
         if bucket == OBJECTS_ONLY and about_bucket:
