@@ -23,7 +23,7 @@ from lopd.artefacts.artefact import differences
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.errors import UserError
 from lopd.machine import processes
-from lopd.machine.storage import is_local
+from lopd.machine.storage import is_local, sync, sync_tree
 from lopd.models.memory import tree_bytes
 
 _DAMAGE = (ValueError, KeyError, AttributeError, AssertionError, FileNotFoundError)
@@ -38,6 +38,8 @@ with an error of the operating system behind it, a file could not be read for an
 
 _NO_DAMAGE = ("Bad Request", "Bucket is requester pays")
 """With which the text of gcsfs' own ValueErrors begins."""
+_UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a folder that Orbax has not finished."""
 _PAUSES = (2, 10, 30)
 """Seconds before a checkpoint that could not be read is tried again: nobody may be there to start
 the run again."""
@@ -46,7 +48,7 @@ the run again."""
 def open_manager(
     directory: epath.Path, keep: int = 2, keep_every: int = 0
 ) -> ocp.CheckpointManager:
-    """Asynchronous, atomic checkpoints of the training state.
+    """Asynchronous, atomic checkpoints of the training state, which outlast the machine.
 
     Args:
       directory: where they are, one folder per step.
@@ -58,14 +60,26 @@ def open_manager(
         keep_period=keep_every or None,
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
+        # Called when all files of a checkpoint are written, before it is renamed and an older one
+        # is deleted; Orbax flushes nothing.
+        async_options=ocp.AsyncOptions(
+            post_finalization_callback=lambda: _flush_unfinished(directory)
+        ),
     )
     return ocp.CheckpointManager(directory, options=options)
+
+
+def _flush_unfinished(directory: epath.Path) -> None:
+    for path in directory.iterdir() if is_local(directory) else ():
+        if _UNFINISHED in path.name:
+            sync_tree(path)
+    sync(directory)
 
 
 def save_params(path: epath.Path, params: Any) -> None:
     """Writes finished weights; the directory appears only when it is whole."""
     if processes.is_main():
-        for leftover in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+        for leftover in path.parent.glob(f"{path.name}{_UNFINISHED}*"):
             leftover.rmtree()  # of a run that was killed
     with full_disk_is_an_os_error(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params, force=True)

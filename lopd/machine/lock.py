@@ -272,4 +272,4 @@ def held(folder: epath.Path, name: str = LOCK) -> Iterator[None]:
         file.close()
         if made and is_local(folder):
             with contextlib.suppress(OSError):
-                folder.rmdir()  # unless something is there by now
+                os.rmdir(folder)  # unless something is there by now
