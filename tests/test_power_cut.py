@@ -1,7 +1,7 @@
 """A power cut at any instant: what was flushed is there, of the rest only names, or nothing.
 
-The disk is simulated by noting what is flushed while a run works. LOPD_POWER_CUTS (4 by default) is
-how many instants are tried, each with both kinds of loss; 60 by hand.
+The disk is simulated by noting what is flushed while a run works. LOPD_POWER_CUTS (2 by default) is
+how many instants are tried, each with both kinds of loss; 40 by hand.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from helpers.tiny_run import run, save_models, use_one_device
 
 from lopd.artefacts.artefact import Artefact
 
-CUTS = int(os.environ.get("LOPD_POWER_CUTS", "4"))
+CUTS = int(os.environ.get("LOPD_POWER_CUTS", "2"))
 STAGES = ("precompute", "heldout", "opd", "eval", "export")
 CHANGES = {
     "opd__steps": 6,
