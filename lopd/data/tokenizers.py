@@ -27,7 +27,7 @@ from lopd.machine.storage import check_url
 
 _BUNDLED = {"tiny": epath.resource_path("lopd") / "data" / "tiny_tokenizer" / "tiny.model"}
 _JSON = "tokenizer.json"
-_HUGGING_FACE_FILES = (
+_READ_BY_TRANSFORMERS = (
     _JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,6 +35,8 @@ _HUGGING_FACE_FILES = (
     "chat_template.jinja",
 )
 _MODEL = "tokenizer.model"
+_OF_OTHER_PROGRAMS = (_MODEL, "vocab.json", "merges.txt")
+"""The same tokenizer once more, as some checkpoints have it for programs other than these."""
 
 
 def _digest(text: str) -> str:
@@ -48,7 +50,7 @@ class Tokenizer(abc.ABC):
       tokens: the token of each id, special ones included; "" for an id that has none. Pieces as
         the tokenizer stores them, not text.
       end_ids: every token that may end a response, the canonical one first.
-      files: the files it was read from, by name: what to write beside exported weights.
+      files: the files it was read from, by name.
     """
 
     tokens: Sequence[str]
@@ -64,6 +66,15 @@ class Tokenizer(abc.ABC):
     def end_id(self) -> int:
         """The canonical end token: the one to train responses to end with."""
         return self.end_ids[0]
+
+    @functools.cached_property
+    def export_files(self) -> Mapping[str, bytes]:
+        """The files to write beside exported weights, by name: its own, and what they lack.
+
+        Raises:
+          UserError: if no files make Transformers give the same ids.
+        """
+        return self.files
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -117,6 +128,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.tokens = self._processor.id_to_piece(list(range(self._processor.vocab_size())))
         self.end_ids = (self._processor.eos_id(),)
 
+    @functools.cached_property
+    def export_files(self) -> Mapping[str, bytes]:
+        # Imported here: only an export needs it.
+        from lopd.data.sentencepiece_json import transformers_files
+
+        model = self.files[_MODEL]
+        return {**self.files, **transformers_files(model, f"tokenizer={self._path}")}
+
     @property
     def template_fingerprint(self) -> str:
         return ""
@@ -150,7 +169,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{self._where}: no such folder, or it holds no {_JSON}")
         self.files = {
             name: (folder / name).read_bytes()
-            for name in _HUGGING_FACE_FILES
+            for name in (*_READ_BY_TRANSFORMERS, *_OF_OTHER_PROGRAMS)
             if (folder / name).is_file()
         }
         self._tokenizer = self._read()
@@ -168,8 +187,8 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         with tempfile.TemporaryDirectory() as copy:  # Transformers reads no object stores
-            for name, content in self.files.items():
-                (epath.Path(copy) / name).write_bytes(content)
+            for name in self.files.keys() & {*_READ_BY_TRANSFORMERS}:
+                (epath.Path(copy) / name).write_bytes(self.files[name])
             try:
                 # This class takes tokenizer.json as it is; the per-model ones rebuild parts.
                 return PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)
