@@ -55,7 +55,15 @@ def files(tmp_path_factory):
     """Checkpoints of a teacher and a student, prompts and problems."""
     root = tmp_path_factory.mktemp("files")
     make_checkpoint(root / "teacher", 0, 32)
-    make_checkpoint(root / "student", 1, 16)
+    student = make_checkpoint(root / "student", 1, 16)
+    # As a base checkpoint has them: the end of a turn is not among the end tokens.
+    defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}
+    generation = {"eos_token_id": 151_643, "pad_token_id": 151_643, **defaults}
+    (student / "generation_config.json").write_text(json.dumps(generation))
+    (student / "chat_template.jinja").write_text(
+        json.loads((student / "tokenizer_config.json").read_text())["chat_template"]
+    )
+    (student / "vocab.json").write_text("{}")  # for programs that want another form
     for name, count in (("sft", 8), ("opd", 9), ("problems", 3)):
         rows = [
             {"problem": f"{name}: what is {i} + 1?", "answer": str(i + 1)} for i in range(count)
@@ -106,6 +114,19 @@ def test_all_stages_run_and_the_student_generates_in_transformers(files, finishe
     # The weights moved: the export is not the base checkpoint.
     base = transformers.AutoModelForCausalLM.from_pretrained(files / "student")
     assert not torch.equal(base.model.norm.weight, model.model.norm.weight)
+
+
+def test_the_export_has_every_end_token_and_the_files_of_its_source(files, finished):
+    export, student = finished / "export", files / "student"
+    generation = json.loads((export / "generation_config.json").read_text())
+    assert generation == {
+        "eos_token_id": [151_645, 151_643], "pad_token_id": 151_643,
+        "temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True,
+    }  # fmt: skip
+    loaded = transformers.GenerationConfig.from_pretrained(export)
+    assert loaded.eos_token_id == [*load_tokenizer(str(student)).end_ids]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json"):
+        assert (export / name).read_bytes() == (student / name).read_bytes()
 
 
 def test_eval_of_a_checkpoint_alone(files, finished, tmp_path):

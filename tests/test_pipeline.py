@@ -88,6 +88,32 @@ def test_exported_student_loads_in_transformers(whole):
     assert model.generate(torch.tensor([[4, 8, 7, 7]]), max_new_tokens=4).shape[1] > 4
 
 
+def test_the_export_answers_in_transformers_as_here(whole):
+    """From text to text: the greedy answers of `eval`, by `AutoTokenizer` and `generate`."""
+    workdir, _ = whole
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export")
+    model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export")
+    lines = (workdir / "eval" / "responses_opd.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["mode"] == "greedy"]
+    assert len(rows) == 16
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]
+        assert (out[-1].item() == tokenizer.eos_token_id) == row["finished"]
+        assert tokenizer.decode(out, skip_special_tokens=True) == row["response"]
+
+
+def test_the_card_has_the_accuracies_of_the_run(whole):
+    workdir, _ = whole
+    text = (workdir / "export" / "README.md").read_text()
+    models = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
+    for tasks in models.values():
+        for found in tasks.values():
+            low, high = found["ci95"]
+            assert f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]" in text
+    assert "| Teacher | Base | SFT | OPD | Control |" in text and str(workdir) not in text
+
+
 def test_rollouts_hold_what_transformers_says_of_the_student(whole):
     """Every token's log-probability in rollouts.jsonl, and the cached ones beside it."""
     workdir, _ = whole

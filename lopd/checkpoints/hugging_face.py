@@ -4,6 +4,7 @@ Weights travel one tensor at a time from the files straight into their sharding 
 one file at a time back, so that the host never holds a model.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -11,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -37,6 +39,10 @@ WEIGHTS = "model.safetensors"
 """The file of a checkpoint whose weights are in one."""
 INDEX = "model.safetensors.index.json"
 """The file that says which weights are in which of several."""
+GENERATION = "generation_config.json"
+"""The file with the end tokens and defaults of sampling."""
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+"""What is downloaded of a checkpoint; its README.md names its licence."""
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
 
@@ -79,6 +85,11 @@ def _file_shardings(config: DecoderConfig, mesh: Mesh) -> dict[tuple[str, ...], 
 # Import
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a checkpoint of that name is looked for at the Hugging Face hub, as ORG/MODEL."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not epath.Path(name).is_dir()
+
+
 def resolve_checkpoint(name_or_path: str) -> epath.Path:
     """The folder of a checkpoint: an existing folder, or a model of the Hugging Face hub.
 
@@ -100,12 +111,10 @@ def resolve_checkpoint(name_or_path: str) -> epath.Path:
         open_complete(path, "checkpoint")
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) or name_or_path.startswith("."):
+    if not is_hub_name(name_or_path):
         raise UserError(f"checkpoint {name_or_path}: there is no such folder")
     try:
-        folder = huggingface_hub.snapshot_download(
-            name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-        )
+        folder = huggingface_hub.snapshot_download(name_or_path, allow_patterns=_WANTED)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -185,6 +194,18 @@ def _insert(param, tensor, index, *, transposed, sharding):
 @jax.jit
 def _all_equal(param, tensor):
     return jnp.all(param == tensor.astype(param.dtype))
+
+
+def stored_dtype(path: epath.Path) -> str:
+    """The type of most of a checkpoint's weights; reads headers only.
+
+    Raises:
+      UserError: if a file is missing, cut short or of a type that cannot be read.
+    """
+    counts = collections.Counter()
+    for tensor in _stored_tensors(path).values():
+        counts[tensor.dtype.name] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]
 
 
 def load_checkpoint(
@@ -275,6 +296,7 @@ def save_checkpoint(
     *,
     end_id: int,
     dtype: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that Transformers' `from_pretrained` loads; the host holds one file of it.
@@ -287,7 +309,12 @@ def save_checkpoint(
       params: its (stacked) parameters, on any mesh.
       end_id: the token that ends a response.
       dtype: type of the stored weights; that of the parameters when None.
+      generation: the content of generation_config.json; greedy up to `end_id` when None.
       max_shard_bytes: weights beyond this go to further files, listed in an index.
+
+    Raises:
+      UserError: if a weight is too large for float16.
+      OSError: if the disk is full.
     """
     path = epath.Path(path)
     flat, places = flatten_dict(params), _places(config)
@@ -303,7 +330,10 @@ def save_checkpoint(
             transposed=place.transposed,
             dtype=dtype,
         )
-        return multihost_utils.process_allgather(part, tiled=True)
+        values = multihost_utils.process_allgather(part, tiled=True)
+        if dtype == np.float16 and not np.isfinite(values).all():
+            raise UserError(f"{name} holds values beyond float16: set export.dtype=bfloat16")
+        return values
 
     count, files = len(shards), [WEIGHTS]
     if count > 1:
@@ -319,7 +349,8 @@ def save_checkpoint(
         weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(path / CONFIG, config_to_hf(config, end_id, dtype.name))
-    _write_json(path / "generation_config.json", {"eos_token_id": end_id, "do_sample": False})
+    generation = generation or {"eos_token_id": end_id, "do_sample": False}
+    _write_json(path / GENERATION, dict(generation))
 
 
 def _write_json(path: epath.Path, value: dict) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -77,8 +78,19 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
 
 
 def write(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file."""
+    """Writes a file.
+
+    Raises:
+      OSError: if the disk is full or fails; then there is no file.
+    """
     # The metadata is how Transformers knows PyTorch's [out, in] layout.
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     with whole_file(path) as file:
-        safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # the library's own, also for a full disk
+            if not (number := re.search(r"os error (\d+)", str(error))):
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), os.fspath(path)) from error
+        os.chmod(file, 0o644)  # the library lets nobody else read it

@@ -237,6 +237,15 @@ class EvalSettings(SamplingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """The student as a Hugging Face checkpoint."""
+
+    dtype: str | None = setting(None, one_of("float32", "bfloat16", "float16"))
+    """Type of the stored weights; None: that of the checkpoint that the student started from, or
+    of a student with random weights the type that it computes with."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSettings:
     """Devices along each axis of the mesh; one of them may be -1, the rest of the devices."""
 
@@ -321,6 +330,7 @@ class Settings:
     control: TrainingRecipe = TrainingRecipe()
     """More SFT steps instead of OPD."""
     eval: EvalSettings = EvalSettings()
+    export: ExportSettings = ExportSettings()
     mesh: MeshSettings = MeshSettings()
     metrics: MetricsSettings = MetricsSettings()
     runtime: RuntimeSettings = RuntimeSettings()

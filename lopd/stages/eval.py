@@ -16,6 +16,7 @@ from lopd.models.decoder import Params
 from lopd.rollouts.requests import PromptSet
 from lopd.sampling.engine import Response
 from lopd.stages import identity
+from lopd.stages.card import add_accuracies
 from lopd.stages.origins import Adopted
 from lopd.stages.run import Run
 from lopd.stages.scored import sampler_plan
@@ -177,6 +178,8 @@ def evaluate(run: Run, artefact: Artefact) -> dict:
     summary = {"split": run.settings.eval.split, "seed": run.settings.seed, "models": results}
     if processes.is_main():
         write_atomically(artefact.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if "opd" in results:
+        add_accuracies(run)
     return {"models": list(results)}
 
 

@@ -1,17 +1,38 @@
 """`export`: the trained student as a Hugging Face checkpoint."""
 
+from typing import Any
+
 from lopd.artefacts.artefact import Artefact
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import STUDENT
 from lopd.machine import processes
+from lopd.machine.storage import whole_file
+from lopd.stages.card import CARD, card
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import load_params
+from lopd.stages.weights import load_params, student_source
+
+
+def _dtype(run: Run) -> str:
+    """The type of the stored weights: that of the source unless the settings say another."""
+    if run.settings.export.dtype:
+        return run.settings.export.dtype
+    source = student_source(run)
+    return hugging_face.stored_dtype(source[1]) if source else run.model(STUDENT).dtype
+
+
+def _generation(run: Run) -> dict[str, Any]:
+    """The source's generation_config.json, with every token at which sampling stops here."""
+    source = student_source(run)
+    path = source[1] / hugging_face.GENERATION if source else None
+    stated = hf_config.read_json(path) if path and path.is_file() else {"do_sample": False}
+    ends = list(run.tokenizer.end_ids)
+    return {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def settings(run: Run) -> dict:
-    """The tokenizer goes with the weights."""
-    return {"tokenizer": run.tokenizer.fingerprint}
+    """The tokenizer goes with the weights, which are stored in a type."""
+    return {"tokenizer": run.tokenizer.fingerprint, "dtype": _dtype(run)}
 
 
 def inputs(run: Run) -> dict:
@@ -20,22 +41,36 @@ def inputs(run: Run) -> dict:
 
 
 def check(run: Run, stages: tuple[str, ...]) -> None:
-    """Refuses a shape that no family of Hugging Face's has, as a `config.json` must name one.
+    """Refuses what no folder of Hugging Face's form holds: a shape, a tokenizer.
 
     Raises:
-      UserError: naming the flags that do not go together.
+      UserError: naming the flags of a shape that no family has together, or a text of which
+        Transformers' tokenizer would make other ids.
     """
     del stages
+    if Artefact(run.home("export")).complete:
+        return
     hf_config.model_type(run.model(STUDENT))
+    _generation(run)
+    _ = run.tokenizer.export_files
 
 
 def write(run: Run, artefact: Artefact) -> dict:
-    """Writes safetensors, config.json, generation_config.json and the tokenizer."""
-    params, end_id = load_params(run, "opd"), run.tokenizer.end_id
-    hugging_face.save_checkpoint(artefact.path, run.model(STUDENT), params, end_id=end_id)
+    """Writes weights, settings and tokenizer, and the model card."""
+    params, dtype = load_params(run, "opd"), _dtype(run)
+    hugging_face.save_checkpoint(
+        artefact.path,
+        run.model(STUDENT),
+        params,
+        end_id=run.tokenizer.end_id,
+        dtype=dtype,
+        generation=_generation(run),
+    )
     if processes.is_main():
-        for name, content in run.tokenizer.files.items():
-            (artefact.path / name).write_bytes(content)
+        files = {**run.tokenizer.export_files, CARD: card(run, dtype).encode()}
+        for name, content in files.items():
+            with whole_file(artefact.path / name) as file:
+                file.write_bytes(content)
     return {}
 
 

@@ -46,6 +46,18 @@ def base_params(run: Run, which: str) -> decoder.Params:
     return init(jax.random.key(run.seed(f"{which} weights")))
 
 
+def student_source(run: Run) -> tuple[str, epath.Path] | None:
+    """The checkpoint that the student's weights began as: its name in the settings, its folder.
+
+    None for random weights.
+    """
+    if isinstance(origin := run.origin("sft"), Adopted):
+        return origin.checkpoint, origin.folder
+    if run.settings.student.checkpoint:
+        return run.settings.student.checkpoint, run.base_folder
+    return None
+
+
 def load_params(run: Run, stage: str) -> decoder.Params:
     """The finished weights of a training stage, checked against its manifest.
 
