@@ -21,7 +21,7 @@ import tokenizers
 import transformers
 from etils import epath
 from helpers.commands import REPOSITORY, command, environment
-from helpers.models import TIED, random_params
+from helpers.models import MOE, TIED, random_params
 from helpers.tiny_run import open_run, save_models, tiny_settings, use_one_device
 
 from lopd import pipeline
@@ -31,7 +31,7 @@ from lopd.checkpoints import hf_config, hugging_face, orbax
 from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.models.shardings import param_shardings
-from lopd.stages.card import card
+from lopd.stages.card import CARD, card
 from lopd.stages.stage import load_stage
 from lopd.stages.weights import PARAMS
 
@@ -77,12 +77,12 @@ def trained(**settings) -> bytes:
     return model.getvalue()
 
 
-def write_folder(folder, tokenizer):
-    """The export of a Qwen3 with this tokenizer, as far as `AutoTokenizer` reads it."""
+def write_folder(folder, tokenizer, model=TIED):
+    """The export of a model with this tokenizer, as far as `AutoTokenizer` reads it."""
     folder.mkdir(exist_ok=True)
     for name, content in tokenizer.export_files.items():
         (folder / name).write_bytes(content)
-    values = hf_config.config_to_hf(TIED, tokenizer.end_id, "float32")
+    values = hf_config.config_to_hf(model, tokenizer.end_id, "float32")
     (folder / "config.json").write_text(json.dumps(values))
     return folder
 
@@ -111,14 +111,32 @@ def assert_same_ids(folder, model: bytes):
     return auto, processor
 
 
-def test_the_tiny_tokenizer_is_the_same_in_transformers(tmp_path):
+FAMILIES = {
+    "qwen3": TIED,
+    "qwen3_moe": MOE,
+    "llama": dataclasses.replace(TIED, qk_norm=False),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tiny_tokenizer_is_the_same_in_transformers(tmp_path, family):
+    """Which makes other tokenizers of the same files for other families, if they let it."""
     tiny = load_tokenizer("tiny")
     assert tiny.fingerprint == "f8eb4fcd74d777be"  # part of the identity of every tiny run
-    folder = write_folder(tmp_path / "tiny", tiny)
+    folder = write_folder(tmp_path / "tiny", tiny, FAMILIES[family])
+    assert json.loads((folder / "config.json").read_text())["model_type"] == family
     auto, processor = assert_same_ids(folder, tiny.files["tokenizer.model"])
     assert len(auto) == 21 and auto.eos_token_id == 1
     text = "What is 357+846?\n7+6=13, so 1203."
     assert auto.decode([*processor.encode(text), 1], skip_special_tokens=True) == text
+
+
+def test_where_transformers_takes_no_other_tokenizer_none_is_exported(tmp_path):
+    """Of a qwen2 model it builds Qwen2's, whatever the files say."""
+    shape = dict(tiny_settings().student.model) | {"qk_norm": False, "attention_bias": True}
+    with pytest.raises(UserError, match="every qwen2 model for Qwen2's own"):
+        pipeline.run(tiny_settings(student__model=shape), str(tmp_path))
+    assert not list(tmp_path.glob("*/manifest.json"))
 
 
 KINDS = {
@@ -259,6 +277,41 @@ def test_the_card_of_random_beginnings(plain):
     for expected in (*fingerprints, *made, "Not measured", "vllm serve"):
         assert expected in text
     assert str(folder.parent) not in text and "/tmp" not in text
+
+
+def test_an_evaluation_after_the_export_comes_into_its_card(tmp_path, monkeypatch):
+    """Also where it was killed between the card and the manifest that lists it."""
+    settings = {"eval__prompts": 4, "eval__models": ("sft", "opd"), "runtime__slots": 8}
+    save_student(tmp_path, **settings)
+    before = Artefact(export(tmp_path, **settings)).manifest
+    whole = (tmp_path / "export" / "README.md").read_text()
+    listed = Artefact.list_file
+
+    def killed(artefact, name):
+        if name == CARD:
+            raise KeyboardInterrupt
+        listed(artefact, name)
+
+    both = tiny_settings(**settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Artefact, "list_file", killed)
+        pipeline.run(both, str(tmp_path), ("eval",))
+    assert not Artefact(tmp_path / "export").complete
+    assert not Artefact(tmp_path / "eval").complete
+    pipeline.run(both, str(tmp_path), ("export", "eval"))
+
+    again = Artefact(tmp_path / "export")
+    assert again.complete and not again.damaged() and Artefact(tmp_path / "eval").complete
+    assert [x for x in again.manifest.files if x["name"] != CARD] == [
+        x for x in before.files if x["name"] != CARD
+    ]
+    assert [x["name"] for x in again.manifest.files] == [x["name"] for x in before.files]
+    text = (tmp_path / "export" / CARD).read_text()
+    models = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"]
+    for found in (*models["sft"].values(), *models["opd"].values()):
+        low, high = found["ci95"]
+        assert f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]" in text
+    assert "Not measured" in whole and "Not measured" not in text
 
 
 def test_the_code_of_the_card_runs(plain):

@@ -5,6 +5,7 @@ mean nothing elsewhere and are left out. What the run has evaluated is in it; `e
 it comes after `export`.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from lopd.checkpoints import hugging_face
 from lopd.config.catalogue import CATALOGUE, STUDENT
 from lopd.machine import processes
 from lopd.machine.storage import write_atomically
+from lopd.stages.origins import Given
 from lopd.stages.run import Run
 from lopd.stages.weights import student_source
 
@@ -72,9 +74,11 @@ def add_accuracies(run: Run) -> None:
     export = Artefact(run.home("export"))
     if not export.complete or export.manifest.inputs != {"opd": _opd(run).outputs["fingerprint"]}:
         return
-    export.manifest.complete = False
-    export.save()
-    write_atomically(export.path / CARD, card(run, export.manifest.settings["dtype"]))
+    text = card(run, export.manifest.settings["dtype"])
+    export.reopen([CARD])
+    write_atomically(export.path / CARD, text)
+    export.list_file(CARD)
+    export.manifest.files.sort(key=operator.itemgetter("name"))  # as `finish` lists them
     export.manifest.complete = True
     export.save()
 
@@ -122,8 +126,10 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 def _origin_rows(run: Run, base: str | None, dtype: str) -> Iterable[tuple[str, str]]:
     settings = run.settings
-    yield "base", _described(base, "random weights")
-    yield "teacher", _described(settings.teacher.checkpoint, "trained in the same run")
+    given = isinstance(run.origin("sft"), Given)
+    yield "base", _described(base, "that of another run's `sft`" if given else "random weights")
+    trained = "trained in the same run" if run.exists("teacher") else "not named in the settings"
+    yield "teacher", _described(settings.teacher.checkpoint, trained)
     task = settings.task
     yield "task", f"{task.digits}-digit addition" if task.name == "addition" else task.name
     if sft := _made_with(run, "sft", "sft"):
@@ -197,6 +203,9 @@ def _use(run: Run) -> str:
     else:
         encode = 'inputs = tokenizer("...", return_tensors="pt")'
     length = run.settings.eval.response_length
+    task, prompt = run.settings.task, ""
+    if task.name != "addition":
+        prompt = f"\n\nA problem is put into this prompt:\n\n```text\n{task.prompt}\n```"
     return f"""\
 FOLDER is the folder of this file, or its name at the hub. Transformers:
 
@@ -221,7 +230,7 @@ llama.cpp, whose repository has the converter:
 ```console
 python convert_hf_to_gguf.py FOLDER --outfile model.gguf
 llama-cli -m model.gguf
-```"""
+```{prompt}"""
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 from lopd.artefacts.artefact import Artefact
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import STUDENT
+from lopd.data.tokenizers import SentencePieceTokenizer
+from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.storage import whole_file
 from lopd.stages.card import CARD, card
@@ -50,7 +52,12 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     del stages
     if Artefact(run.home("export")).complete:
         return
-    hf_config.model_type(run.model(STUDENT))
+    family = hf_config.model_type(run.model(STUDENT))
+    if family == "qwen2" and isinstance(run.tokenizer, SentencePieceTokenizer):
+        raise UserError(
+            "export: Transformers takes the tokenizer of every qwen2 model for Qwen2's own, so a "
+            "SentencePiece model would be read wrongly; leave export out of --stages"
+        )
     _generation(run)
     _ = run.tokenizer.export_files
 
