@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's format: exact round trips, memory, and clear refusals."""
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -330,8 +331,10 @@ def test_resolves_a_folder_and_a_hub_name(tmp_path, monkeypatch):
     assert hugging_face.resolve_checkpoint(str(tmp_path)) == tmp_path
     asked = []
 
-    def download(name, **options):
+    def download(name, allow_patterns):
         asked.append(name)
+        files = ("merges.txt", "chat_template.jinja", "README.md", "tokenizer.model")
+        assert all(any(fnmatch.fnmatch(x, pattern) for pattern in allow_patterns) for x in files)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
