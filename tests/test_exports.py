@@ -127,6 +127,9 @@ def test_the_tiny_tokenizer_is_the_same_in_transformers(tmp_path, family):
     assert json.loads((folder / "config.json").read_text())["model_type"] == family
     auto, processor = assert_same_ids(folder, tiny.files["tokenizer.model"])
     assert len(auto) == 21 and auto.eos_token_id == 1
+    # llama.cpp aborts at a piece that is not listed here: it would put a space in front.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["added_tokens_decoder"].keys() == {str(i) for i in range(3, 21)}
     text = "What is 357+846?\n7+6=13, so 1203."
     assert auto.decode([*processor.encode(text), 1], skip_special_tokens=True) == text
 
@@ -135,7 +138,7 @@ def test_where_transformers_takes_no_other_tokenizer_none_is_exported(tmp_path):
     """Of a qwen2 model it builds Qwen2's, whatever the files say."""
     shape = dict(tiny_settings().student.model) | {"qk_norm": False, "attention_bias": True}
     with pytest.raises(UserError, match="every qwen2 model for Qwen2's own"):
-        pipeline.run(tiny_settings(student__model=shape), str(tmp_path))
+        pipeline.run(tiny_settings(student__model=shape), str(tmp_path), ("teacher", "export"))
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
@@ -184,7 +187,7 @@ def test_a_model_that_no_file_is_equal_to_is_refused_before_work(tmp_path, setti
     changes = {"teacher__model": shape, "student__model": shape, "prompt_length": 64}
     changes["tokenizer"] = str(tmp_path / "m.model")
     with pytest.raises(UserError, match=r"m\.model: no tokenizer\.json gives .* for the text '.*'"):
-        pipeline.run(tiny_settings(**changes), str(workdir))
+        pipeline.run(tiny_settings(**changes), str(workdir), ("teacher", "export"))
     assert not list(workdir.glob("*/manifest.json"))
     # Nothing but an export needs one.
     tokenizer = load_tokenizer(str(tmp_path / "m.model"))
