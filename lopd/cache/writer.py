@@ -106,6 +106,7 @@ class Made(NamedTuple):
     """A shard that is to be written."""
 
     records: Sequence[dict]
+    """In their order."""
     totals: dict
     """Counts and sums over them (`lopd.cache.totals`)."""
     costs: Costs

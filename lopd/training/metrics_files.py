@@ -26,7 +26,9 @@ class Rows(TypedDict):
     """The beginning of a file of rows: those up to some step."""
 
     bytes: int
+    """Their size."""
     sha256: str
+    """Of them, in hexadecimal."""
 
 
 NO_ROWS = Rows(bytes=0, sha256=hashlib.sha256().hexdigest())
