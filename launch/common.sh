@@ -31,6 +31,7 @@ say() {
 # Reads the common options and hands the others to own_option, which fails on one it does not know.
 parse() {
   while (($#)); do
+    [[ ! "$1" =~ ^--[a-z-]+=$ ]] || fail "$1 is empty: give a value, or leave the option out"
     case "$1" in
       --help | -h)
         echo "${USAGE:?}${COMMON_USAGE}"
@@ -38,7 +39,11 @@ parse() {
         ;;
       --dry-run) DRY_RUN=1 ;;
       --name=*) NAME="${1#*=}" ;;
-      --env=*=*) ENVIRONMENT+=("${1#*=}") ;;
+      --env=*)
+        [[ "${1#--env=}" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+          fail "$1 must be --env=NAME=VALUE, the name of letters, digits and underscores"
+        ENVIRONMENT+=("${1#*=}")
+        ;;
       --retries=*) RETRIES="${1#*=}" ;;
       --)
         shift
@@ -49,31 +54,47 @@ parse() {
     esac
     shift
   done
-  is_count "$RETRIES" || fail "--retries=$RETRIES must be a number"
-  [[ "$NAME" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-    fail "--name=$NAME must be lower-case letters, digits and inner hyphens"
+  is_count "$RETRIES" || fail "--retries=$RETRIES must be a number, written in decimal, below a million"
+  local LC_ALL=C
+  [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    fail "--name=$NAME must be lower-case letters, digits and inner hyphens, 40 at most"
 }
 
+# Without a leading 0, which the shell's arithmetic takes for octal, and within its range.
 is_count() {
-  [[ "$1" =~ ^[0-9]+$ ]]
+  [[ "$1" =~ ^(0|[1-9][0-9]{0,5})$ ]]
 }
 
-check_positive() { # option, value
-  [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1=$2 must be a number, 1 or more"
+check_positive() { # option, value, most [999999]
+  { is_count "$2" && (($2 >= 1 && $2 <= ${3:-999999})); } ||
+    fail "$1=$2 must be a number from 1 to ${3:-999999}, written in decimal"
+}
+
+# `env` runs it, and would set a variable instead.
+check_python() {
+  [[ "$PYTHON" != *=* && "$PYTHON" != -* ]] || fail "--python=$PYTHON must have no = and no leading hyphen"
 }
 
 # The run needs both; without them every process would fail after the machines are paid for.
 check_args() {
-  local given=" ${ARGS[*]-}"
-  [[ "$given" == *" --config="* && "$given" == *" --workdir="* ]] ||
+  local word found=''
+  for word in ${ARGS[@]+"${ARGS[@]}"}; do
+    [[ "$word" != --config=?* ]] || found+=c
+    [[ "$word" != --workdir=?* ]] || found+=w
+  done
+  [[ "$found" == *c* && "$found" == *w* ]] ||
     fail "the run's own arguments are missing: end with -- --config=FILE --workdir=DIR"
 }
 
-# Command words as one line that a shell reads back as the same words.
+# Command words as text that any POSIX shell reads back as the same words: what is not plain stands
+# in single quotes, newlines too. (`printf %q` writes $'...', which a pod's sh takes for a dollar.)
 quoted() {
-  local line
-  printf -v line '%q ' "$@"
-  echo "${line% }"
+  local LC_ALL=C word text='' quote="'" escaped="'\\''"
+  for word in "$@"; do
+    [[ "$word" =~ ^[-A-Za-z0-9_./:,@%+=]+$ ]] || word="'${word//$quote/$escaped}'"
+    text+=" $word"
+  done
+  printf '%s\n' "${text# }"
 }
 
 # Runs a command, or prints it under --dry-run.

@@ -34,13 +34,22 @@ own_option() {
 }
 
 submit() {
-  local command entry env_options=()
+  local command entry newline=$'\n' env_options=()
   check_args
   [[ -n "$TPU_TYPE" ]] || fail "--tpu-type is needed"
   tpu_env
-  for entry in "${ENVIRONMENT[@]}"; do env_options+=("--env=$entry"); done
+  for entry in "${ENVIRONMENT[@]}"; do
+    [[ "$entry" != *"$newline"* ]] ||
+      fail "--env=${entry%%=*}: a value with a line break does not pass through xpk's YAML"
+    env_options+=("--env=$entry")
+  done
   # xpk runs it in a shell and sends that SIGTERM: exec hands it to Python.
   command="pip install --quiet -e '.[tpu]' && exec $(quoted python -m lopd.main "${ARGS[@]}")"
+  # xpk writes it into one line of YAML, so a line break, which stands in single quotes, is made there.
+  if [[ "$command" == *"$newline"* ]]; then
+    entry="'\"\$newline\"'"
+    command="newline=\"\$(printf '\\n.')\" && newline=\"\${newline%.}\" && ${command//$newline/$entry}"
+  fi
   run xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$TPU_TYPE" \
     "--base-docker-image=$IMAGE" "--script-dir=$REPOSITORY" "--command=$command" \
     "--max-restarts=$RETRIES" "--restart-on-exit-codes=$STOPPED" \

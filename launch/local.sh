@@ -10,7 +10,8 @@ readonly USAGE='launch/local.sh [OPTIONS] -- ARGS: lopd in several processes on 
 The first process writes to this terminal, the others behind "[number]". Exit code: 0, or that of
 the first process that failed; the others are then stopped.
 
-  --processes=N      how many processes [2]
+  --processes=N      how many processes [2]; at most 16, or one for each core where there are more,
+                     or with --gpus one for each GPU
   --devices=N        fake CPU devices of each process [1]
   --gpus             a real GPU for each process instead
   --python=PYTHON    interpreter [python3]'
@@ -26,6 +27,18 @@ own_option() {
     --python=*) PYTHON="${1#*=}" ;;
     *) return 1 ;;
   esac
+}
+
+# More would only take the machine's memory: each process holds a runtime of its own.
+check_processes() {
+  local cores most=16
+  cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
+  ((cores <= most)) || most=$cores
+  if ((GPUS)) && command -v nvidia-smi >/dev/null; then
+    most="$(nvidia-smi --list-gpus | grep -c '^GPU' || true)"
+    ((most)) || fail "--gpus: nvidia-smi lists no GPU on this machine"
+  fi
+  check_positive --processes "$PROCESSES" "$most"
 }
 
 free_port() {
@@ -98,8 +111,9 @@ wait_all() {
 main() {
   parse "$@"
   check_args
-  check_positive --processes "$PROCESSES"
-  check_positive --devices "$DEVICES"
+  check_processes
+  check_positive --devices "$DEVICES" 1024
+  check_python
   if ((GPUS)); then gpu_env; else cpu_env "$DEVICES"; fi
   if ((DRY_RUN)); then
     local process
@@ -109,6 +123,7 @@ main() {
     done
     return
   fi
+  command -v -- "$PYTHON" >/dev/null || fail "--python=$PYTHON: there is no such program"
   trap on_interrupt TERM INT
   export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
   local attempt code

@@ -60,6 +60,7 @@ main() {
   check_positive --nodes "$NODES"
   check_positive --gpus "$GPUS"
   check_positive --cpus "$CPUS"
+  check_python
   gpu_env
   local submit=(sbatch --parsable "--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS"
     "--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" "--time=$TIME" --signal=TERM@300 --requeue
@@ -71,7 +72,7 @@ main() {
     job_script
     return
   fi
-  mkdir -p "$LOGS"
+  mkdir -p -- "$LOGS" || fail "--logs=$LOGS cannot be made"
   local job
   job="$(job_script | "${submit[@]}")" || fail "sbatch refused the job"
   echo "job ${job%%;*}, log $LOGS/$NAME-${job%%;*}.log"

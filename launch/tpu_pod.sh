@@ -143,9 +143,8 @@ kill -KILL -- "-$pid"'
 # SIGTERM so as to outlive the run.
 start() {
   local command body
-  command="$(quoted env "${ENVIRONMENT[@]}" PYTHON -m lopd.main "${ARGS[@]}")"
   # The home directory is known on the worker only.
-  command="${command/ PYTHON / ~\/lopd-venv\/bin\/python }"
+  command="$(quoted env "${ENVIRONMENT[@]}") ~/lopd-venv/bin/python $(quoted -m lopd.main "${ARGS[@]}")"
   body="echo \$\$ > ~/lopd-run/pid; trap : TERM; cd ~/lopd-code; $command & run=\$!
 while :; do wait \$run; code=\$?; kill -0 \$run 2>/dev/null || break; done; echo \$code > ~/lopd-run/code"
   on_worker all "mkdir -p ~/lopd-run

@@ -21,6 +21,36 @@ LAUNCHERS = {
     "gke.sh": ["run", "--cluster=c", "--tpu-type=v6e-16"],
 }
 ARGS = ["--config=a b.py", "--workdir=gs://it's", '--config.x=$HOME `id` "q"']
+HOSTILE = [
+    *("--config=x", "--workdir=gs://b/x", "", " ", "-n", "--", "-", "*", "[a-z]?", "~", "~root/x"),
+    *(
+        "$(id)",
+        "`id`",
+        "${HOME}",
+        "$$",
+        "!!",
+        "a;b",
+        "a&&b|c>d<e",
+        "#no",
+        "{a,b}",
+        "a\\b\\",
+        "%s%n",
+    ),
+    *(
+        "it's",
+        "''",
+        '"',
+        "'\"'\"'",
+        "two\nlines",
+        "\n",
+        "'\n'$(id)\n",
+        "ends in\n",
+        "tab\there",
+        "\r",
+    ),
+    *("naïve – 数学 🙂", "\x7f\x1b[31m", " PYTHON ", "a=b", "=", "x" * 5000),
+]
+"""Arguments that some shell on the way would change."""
 
 # Answers a call by the first unused line of the plan whose words are all in it; else with success.
 STAND_IN = f"""#!{sys.executable}
@@ -70,10 +100,10 @@ class StandIns:
     def environment(self) -> dict[str, str]:
         return os.environ | {"PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.path)}
 
-    def shell(self, script: str) -> subprocess.CompletedProcess:
+    def shell(self, script: str, shell: str = "bash") -> subprocess.CompletedProcess:
         """Runs what a launcher hands to another machine's shell."""
         return subprocess.run(
-            ["bash", "-c", script], capture_output=True, text=True, env=self.environment
+            [shell, "-c", script], capture_output=True, text=True, env=self.environment
         )
 
 
@@ -102,6 +132,51 @@ def test_mistakes_are_one_line_before_any_call(stand_ins, launcher):
     done = stand_ins.run(launcher, *options, args=["--config=x"])
     assert done.returncode == 2 and "--workdir" in done.stderr
     assert stand_ins.calls == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("--retries=08", "--retries=0x10", "--retries=-1", "--retries=1e3", "--retries=99999999"),
+        *("--retries=", "--retries=1 ", "--retries=1\n", "--retries=٣", "--name=", "--name=-x"),
+        *("--name=é", "--name=a\nb", "--name=" + "a" * 64, "--env=1A=x", "--env=-u=x", "--env==x"),
+        *("--env=A B=x", "--env=A", "--env=$(id)=x", "-x", "word", "", " ", "--*", "--dry-run=1"),
+    ],
+)
+def test_strange_options_are_one_line_before_any_call(stand_ins, launcher, wrong):
+    done = stand_ins.run(launcher, *LAUNCHERS[launcher], wrong)
+    assert done.returncode == 2 and done.stdout == "", (done.returncode, done.stderr)
+    assert done.stderr.startswith(f"{launcher}: error: ")
+    assert done.stderr.count("\n") == 1 + wrong.count("\n")
+    assert stand_ins.calls == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "wrong"),
+    [
+        *(("local.sh", f"--processes={n}") for n in ("0", "02", "100000", "9" * 30, "two", "")),
+        *(("local.sh", f"--devices={n}") for n in ("0", "08", "100000")),
+        *(("local.sh", f"--python={p}") for p in ("no-such-python", "a=b/python", "-c", "")),
+        *(("slurm.sh", f"--{key}={n}") for key in ("nodes", "gpus", "cpus") for n in ("0", "08")),
+        *(("slurm.sh", x) for x in ("--python=a=b", "--logs=/dev/null/x", "--time=", "--setup=")),
+        *(("tpu_pod.sh", x) for x in ("--poll=08", "--poll=x", "--zone=", "--project=")),
+        *(("gke.sh", x) for x in ("--env=A=x\ny", "--cluster=", "--image=")),
+    ],
+)
+def test_values_that_cannot_be_are_one_line_before_any_call(stand_ins, launcher, wrong):
+    done = stand_ins.run(launcher, *LAUNCHERS[launcher], wrong)
+    said = [x for x in done.stderr.splitlines() if x.startswith(f"{launcher}: error: ")]
+    assert done.returncode == 2 and len(said) == 1, (done.returncode, done.stderr)
+    assert wrong.split("=")[0] in said[0] and stand_ins.calls == []
+
+
+def test_local_processes_on_gpus_are_no_more_than_there_are(stand_ins):
+    stand_ins.script("nvidia-smi", "#!/bin/sh\necho GPU 0: x; echo GPU 1: x")
+    done = stand_ins.run("local.sh", "--gpus", "--processes=3")
+    assert done.returncode == 2 and "--processes=3 must be a number from 1 to 2" in done.stderr
+    assert stand_ins.run("local.sh", "--gpus", "--processes=2").returncode == 0
+    assert len(stand_ins.calls) == 3  # for a free port, and two runs
 
 
 def test_shellcheck_finds_nothing():
@@ -342,6 +417,56 @@ def test_gke_workload_restarts_and_its_command_works(stand_ins):
     stand_ins.plan([{"words": ["xpk"], "code": 1}])
     assert stand_ins.run("gke.sh", "delete", "--cluster=c", args=None).returncode == 1
     assert stand_ins.calls[-1] == ["xpk", "workload", "delete", "--cluster=c", "--workload=lopd"]
+
+
+def test_hostile_arguments_arrive_at_a_pod_as_they_were(stand_ins):
+    assert stand_ins.run("gke.sh", *LAUNCHERS["gke.sh"], args=HOSTILE).returncode == 0
+    command = command_in(stand_ins.calls[0])
+    assert "\n" not in command
+    for shell in ("sh", "dash", "bash"):
+        if shutil.which(shell):
+            stand_ins.plan([])
+            done = stand_ins.shell(command, shell)
+            assert done.returncode == 0, done.stderr
+            assert stand_ins.calls[-1] == ["python", "-m", "lopd.main", *HOSTILE], shell
+
+
+def test_hostile_arguments_arrive_at_slurms_tasks_as_they_were(stand_ins, tmp_path):
+    stand_ins.script("sbatch", SBATCH)
+    stand_ins.script("srun", SRUN)
+    stand_ins.script("python3", STAND_IN.replace("call = [name,", "call = [os.environ['MINE'],"))
+    options = [f"--env=MINE={HOSTILE[-6]}\n$(id)'", f"--logs={tmp_path}/a b'c"]
+    assert stand_ins.run("slurm.sh", *options, args=HOSTILE).returncode == 0
+    done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=stand_ins.environment)
+    assert done.returncode == 0
+    assert stand_ins.calls == [[f"{HOSTILE[-6]}\n$(id)'", "-m", "lopd.main", *HOSTILE]]
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_hostile_arguments_arrive_at_tpu_workers_as_they_were(stand_ins, shell):
+    stand_ins.plan([*node_is("READY"), not_running(), follow(0)])
+    mine = "a PYTHON b\n$(id)'"
+    assert stand_ins.run("tpu_pod.sh", *TPU, f"--env=MINE={mine}", args=HOSTILE).returncode == 0
+    start, watch = (command_in(find(stand_ins.calls, w)[0]) for w in ("nohup", "tail -n"))
+    for folder in ("lopd-venv/bin", "lopd-code"):
+        (stand_ins.path / folder).mkdir(parents=True)
+    stand_ins.script("lopd-venv/bin/python", recorded_python(stand_ins.path / "runs.jsonl", [0]))
+    assert stand_ins.shell(start, shell).returncode == 0
+    assert stand_ins.shell(watch).returncode == 0
+    ((arguments, seen),) = map(json.loads, (stand_ins.path / "runs.jsonl").open())
+    assert arguments == ["-m", "lopd.main", *HOSTILE] and seen["MINE"] == mine
+
+
+def test_hostile_arguments_arrive_at_local_processes_as_they_were(stand_ins):
+    assert stand_ins.run("local.sh", "--processes=2", args=HOSTILE).returncode == 0
+    runs = find(stand_ins.calls, "lopd.main")
+    assert runs == [["python3", "-m", "lopd.main", *HOSTILE]] * 2
+    command = [str(LAUNCH / "local.sh"), "--processes=1", "--dry-run", "--", *HOSTILE]
+    dry = subprocess.run(command, capture_output=True).stdout.decode()  # with its \r
+    for shell in ("sh", "bash"):
+        stand_ins.plan([])
+        assert stand_ins.shell(dry, shell).returncode == 0
+        assert stand_ins.calls == runs[:1]
 
 
 def children(pid: int) -> list[int]:
