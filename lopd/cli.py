@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -18,15 +19,39 @@ from typing import NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
+from lopd import interrupts
 from lopd.config.config_dict import read_settings
 from lopd.config.settings import Settings
 from lopd.errors import UserError
-from lopd.machine import shutdown
+from lopd.machine import outputs, shutdown
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
 WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
+
+
+_EXIT_UNREAD = 128 + signal.SIGPIPE
+"""Whoever read the answer has had enough; as a shell calls it."""
+
+
+@contextlib.contextmanager
+def door(answers: bool = False) -> Iterator[None]:
+    """Around every command: streams that may go away, Ctrl-C in one line.
+
+    Args:
+      answers: whether the command is there for what it prints. It then ends when nobody can read
+        it; others, which leave files, go on.
+    """
+    interrupts.end_at_once()
+    try:
+        with outputs.guarded(answers):
+            yield
+    except outputs.Gone as gone:
+        if gone.by_reader:
+            sys.exit(_EXIT_UNREAD)
+        with outputs.guarded(answers=False):
+            fail(str(gone))
 
 
 def report_error(message: str) -> None:

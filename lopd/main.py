@@ -4,6 +4,8 @@ Any setting can be changed with `--config.section.key=value`. Exit codes: 0 done
 room on disk, 75 stopped by a signal with all work safe (`lopd.machine.shutdown`).
 """
 
+import lopd.interrupts  # noqa: F401  # isort: skip
+
 import re
 
 from absl import app
@@ -32,4 +34,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags)
+    with cli.door():
+        app.run(main, flags_parser=cli.parse_flags)

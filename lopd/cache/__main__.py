@@ -13,6 +13,8 @@ Commands::
                            the Parquet of the authors' released code as a cache for opd.cache
 """
 
+import lopd.interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import sys
 
@@ -141,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.door(answers=True):
+        main()

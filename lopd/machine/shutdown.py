@@ -1,4 +1,4 @@
-"""A clean stop on SIGTERM (a preemption notice) or SIGINT, and the process's exit codes.
+"""A clean stop on SIGTERM (a preemption notice), SIGINT or SIGHUP, and the process's exit codes.
 
 Long loops ask `requested()` between units of work, bring what they have to safety (close the
 shard, save the state) and raise `Stopped`. A second signal ends the process at once.
@@ -14,7 +14,7 @@ EXIT_ERROR = 2
 EXIT_STOPPED = 75
 """Stopped on request, all work so far is safe: the same command continues (EX_TEMPFAIL)."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: list[float] = []
 """When signals came, by the monotonic clock."""
 
@@ -62,14 +62,19 @@ def ignored() -> Iterator[None]:
 
 def _on_signal(number: int, _frame) -> None:
     _received.append(time.monotonic())
-    signal.signal(number, signal.SIG_DFL)
+    # A terminal that closes may say so twice: the kernel, and the shell.
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[None]:
-    """Turns the first SIGTERM or SIGINT into a request; use it in the main thread."""
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a request; use it in the main thread.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays so.
+    """
     _received.clear()
-    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    heard = [x for x in _SIGNALS if x != signal.SIGHUP or signal.getsignal(x) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _on_signal) for number in heard}
     try:
         yield
     finally:

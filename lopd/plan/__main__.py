@@ -7,7 +7,10 @@ the compiler says. For GPUs everything is by formula. Nothing is downloaded: hub
 the shapes in `lopd.models.presets`.
 """
 
+import lopd.interrupts  # noqa: F401  # isort: skip
+
 import re
+import signal
 
 from absl import app, flags
 
@@ -49,4 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    with cli.door(answers=True):
+        # XLA compiles for minutes, in which Python does not come to its handlers.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        app.run(main, flags_parser=_parse_flags)

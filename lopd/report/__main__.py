@@ -1,5 +1,7 @@
 """Command line: `python -m lopd.report WORKDIR [WORKDIR2 ...]`."""
 
+import lopd.interrupts  # noqa: F401  # isort: skip
+
 import argparse
 
 from lopd import cli, report
@@ -19,4 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.door(answers=True):
+        main()

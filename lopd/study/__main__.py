@@ -5,6 +5,8 @@ into DIR. Any setting that all arms share can be changed with `--config.section.
 codes as those of `lopd.main`.
 """
 
+import lopd.interrupts  # noqa: F401  # isort: skip
+
 import contextlib
 import os
 import subprocess
@@ -19,7 +21,7 @@ from lopd import cli
 from lopd.cli import STAGES, WORKDIR, WORKER, fail
 from lopd.config.settings import Settings
 from lopd.errors import UserError
-from lopd.machine import devices, shutdown
+from lopd.machine import shutdown
 from lopd.machine.storage import absolute, is_local
 
 SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run, in order; by default the study's.")
@@ -88,6 +90,7 @@ def _run_processes(seeds: Sequence[int]) -> None:
 
 
 def _study(settings: Settings) -> None:
+    from lopd.machine import devices
     from lopd.study import design, run
     from lopd.study.store import Store
     from lopd.study.write import write
@@ -117,4 +120,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags)
+    with cli.door():
+        app.run(main, flags_parser=cli.parse_flags)
