@@ -298,7 +298,8 @@ def test_partial_run_says_what_is_missing(tmp_path, keep):
     text = " ".join(Parsed(report.write_report([tmp_path / "run"]).read_text()).text.split())
     assert f"Not finished: {keep}." in text
     assert "Not in this folder: " in text
-    assert ("1 unreadable line" in text) == (keep == "opd")
+    left_out = "opd/metrics.jsonl: left out line 2 (not JSON, or cut)"
+    assert (left_out in text) == (keep == "opd")
     assert ("25.0 [20.0, 30.0]" in text) == (keep == "eval")
 
 
@@ -425,7 +426,7 @@ def test_command_line(run, tmp_path, monkeypatch, capsys):
 
 def test_failing_report_is_a_warning(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    (run / "opd" / "rollouts.jsonl").write_text('{"tokens": 3}\n')
+    (run / "report.html").mkdir()
     assert report.write_after_run(run) is None
     warning = capsys.readouterr().err
     assert warning.startswith("lopd: warning: no report (") and warning.count("\n") == 1
@@ -530,3 +531,202 @@ def test_the_loss_has_the_name_of_its_objective(tmp_path, objective, label):
     }
     assert labels["opd"][0] == label
     assert labels["sft"][0] == "cross-entropy, nats per token"
+
+
+# Odd rows in every file that a page is made from, one at a time. Each: the file, what stands in it
+# (a function of its rows, or its bytes), and words of the note.
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run with two rows in each file, so that pages are quick."""
+    run = tmp_path_factory.mktemp("odd") / "run"
+    for name in ("sft", "opd", "eval"):
+        write_stage(run, name)
+    scalars = [{"step": i, "loss": 0.5, "tokens": 7} for i in (1, 2, 3)]
+    held_out = {"loss": 0.5, "chi2": 0.9, "chi2_ci95": [0.8, 1.0]}
+    panel = {"advantage_histogram": {"edges": [-1, 0, 1], "counts": [3, 1]}, "heldout": held_out,
+             "advantage_by_position": [0.1, 0.2], "position_counts": [4, 0]}  # fmt: skip
+    response = {"mode": "greedy", "problem": 0, "sample": 0, "prompt": "p", "response": "r",
+                "answer": "3", "correct": True, "finished": True}  # fmt: skip
+    for name in ("sft", "opd"):
+        (run / name / "metrics.jsonl").write_text(lines(scalars))
+        rows = [response, response | {"problem": 1}]
+        (run / "eval" / f"responses_{name}.jsonl").write_text(lines(rows))
+    (run / "opd" / "drift.jsonl").write_text(lines({"step": i, **panel} for i in (1, 3)))
+    (run / "opd" / "rollouts.jsonl").write_text(lines(rollouts(3, 6)))
+    found = {name: {"task/greedy": result(0.5)} for name in ("sft", "opd")}
+    (run / "eval" / "summary.json").write_text(json.dumps({"split": "dev", "models": found}))
+    manifest = Artefact(run / "eval").manifest.to_json()
+    save_manifest(run / "eval", manifest | {"results": {"sft": {"task/greedy": result(0.25)}}})
+    return run
+
+
+def change(**values):
+    """The second row with other values; the value `...` takes a name out."""
+
+    def changed(rows):
+        row = {k: v for k, v in (rows[1] | values).items() if v is not ...}
+        return [rows[0], row, *rows[2:]]
+
+    return changed
+
+
+METRICS_ROWS = [
+    (change(loss="0.5"), 'line 2 (loss "0.5" is no number)'),
+    (change(loss=[0.5]), "line 2 (loss [0.5] is no number)"),
+    (change(loss={"a": 1}), "line 2 (loss {"),
+    (change(loss=True), "line 2 (loss true is no number)"),
+    (change(loss=10**400), "line 2 (loss out of range)"),
+    (change(loss=1e300), "line 2 (loss out of range)"),
+    (change(loss=math.nan), "loss of line 2 (not finite)"),
+    (change(loss=-math.inf), "loss of line 2 (not finite)"),
+    (change(loss=None, tokens=None), ""),  # as a figure is written that is not finite
+    (change(step="2"), 'line 2 (step "2" is no count)'),
+    (change(step=2.0), "line 2 (step 2.0 is no count)"),
+    (change(step=None), "line 2 (step null is no count)"),
+    (change(step=-2), "line 2 (step -2 is no count)"),
+    (change(step=10**30), "line 2 (step 1000"),
+    (change(step=...), "line 2 (step is missing)"),
+    (lambda rows: [rows[0], *rows], "a row of step 1 behind that of step 1"),
+    (lambda rows: [*rows[1:], rows[0]], "a row of step 1 behind that of step 3"),
+    (lambda rows: [rows[0], rows[2]], "opd/metrics.jsonl has no rows of steps 2"),
+    (lambda rows: [rows[0], [1, 2], *rows[1:]], "line 2 ([1, 2] is no object)"),
+    (lambda rows: [rows[0], None, "x", 3, *rows[1:]], "line 2 (null is no object), line 3 ("),
+    (lambda rows: [*rows, *["x"] * 9], 'line 6 ("x" is no object), and 6 more'),
+    (lambda rows: [], "opd/metrics.jsonl is missing or empty"),
+    (b'{"step": 1, "loss": 1}\n{"step": 2, "lo', "line 2 (not JSON, or cut)"),
+    (b'{"step": 1}{"step": 2}\n', "line 1 (not JSON, or cut)"),
+    (b'{"step": 1, "\xff\xfe": 1}\n', "line 1 (not UTF-8 at byte 13)"),
+    (b"\x00" * 4096, "line 1 (not JSON, or cut)"),
+    (b"\n\r\n  \n" + b"[" * 100_000, "line 4 (nested too deeply)"),
+    (b'{"step": 1, "x": ' + b"[" * 700 + b"]" * 700 + b"}", "line 1 (nested too deeply)"),
+    (change(loss=10**39), ""),
+    (b'{"step": 1, "loss": ' + b"9" * 5000 + b"}", "line 1 (not JSON, or cut)"),
+    (b"\xef\xbb\xbf" + b'{"step": 1}', "line 1 (not JSON, or cut)"),
+    (None, "opd/metrics.jsonl: left out all of it (Is a directory)"),
+]
+DRIFT_ROWS = [
+    (change(heldout=[1]), "line 2 (heldout [1] is no object)"),
+    (change(heldout={"chi2": "x"}), 'line 2 (heldout.chi2 "x" is no number)'),
+    (change(heldout={"chi2": math.inf}), "heldout.chi2 of line 2 (not finite)"),
+    (change(heldout={"chi2": 1, "chi2_ci95": [1]}), "line 2 (heldout.chi2_ci95 holds 1 values)"),
+    (change(heldout={"chi2": 1, "chi2_ci95": [2, 1]}), "[2, 1] is no interval"),
+    (change(heldout=None), ""),
+    (change(advantage_histogram={"edges": [0, 1]}), "counts is missing"),
+    (change(advantage_histogram={"edges": [1, 0], "counts": [1]}), "edges do not rise"),
+    (change(advantage_histogram={"edges": [0, 1], "counts": [-1]}), "counts[0] -1 is less than 0"),
+    (change(position_counts=[4]), "differ in length"),
+    (change(advantage_by_position="ab"), 'advantage_by_position "ab" is no list'),
+    (change(step=[3]), "line 2 (step [3] is no count)"),
+    (lambda rows: rows[::-1], "opd/drift.jsonl: left out a row of step 1 behind that of step 3"),
+]
+ROLLOUT_ROWS = [
+    (change(tokens=["a"]), "tokens and teacher_logprobs and ref_logprobs"),
+    (change(tokens=[]), "line 2 (tokens holds 0 values)"),
+    (change(tokens=[1] * 6), "line 2 (tokens[0] 1 is no text)"),
+    (change(ref_logprobs=[None] * 6), "line 2 (ref_logprobs[0] null is no number)"),
+    (change(ref_logprobs=[-(10**19)] * 6), ""),
+    (change(ref_logprobs=...), "line 2 (ref_logprobs is missing)"),
+    (change(teacher_logprobs=[math.nan] * 6), "line 2 (teacher_logprobs[0] null is no number)"),
+    (change(prompt=None), "line 2 (prompt null is no text)"),
+    (change(prompt="\ud800"), "line 2 (half of a surrogate pair)"),
+    (change(finished="yes"), 'line 2 (finished "yes" is neither true nor false)'),
+    (lambda rows: [], "opd/rollouts.jsonl is missing or empty"),
+]
+RESPONSE_ROWS = [
+    (change(problem="1"), 'line 2 (problem "1" is no count)'),
+    (change(correct=None), "line 2 (correct null is neither true nor false)"),
+    (change(response=...), "line 2 (response is missing)"),
+    (change(mode={"a": 1}), "line 2 (mode {"),
+    (change(test=3), "line 2 (test 3 is no text)"),
+    (lambda rows: [*rows, rows[0]], "left out a second 0/greedy response 0.0"),
+]
+SUMMARY = [
+    (b"", "eval/summary.json: left out all of it (not JSON, or cut)"),
+    (b'{"split": "dev", "mod', "left out all of it (not JSON, or cut)"),
+    (b"[]", "left out all of it ([] is no object)"),
+    (b"{}", "eval/summary.json is missing or empty"),
+    (b'{"models": 3}', "left out models (3 is no object)"),
+    (b'{"models": {"opd": []}}', "left out models.opd ([] is no object)"),
+    (b'{"models": {"../x": {}}}', "(no name of a model)"),
+    (b'{"models": {"opd": {"t/greedy": {"accuracy": 0.5}}}}', "(n is missing)"),
+    (b'{"models": {"opd": {"t": {"accuracy": "1", "n": 1, "ci95": [0, 1]}}}}', "is no number"),
+    (b'{"models": {"opd": {"t": {"accuracy": 1.5, "n": 1, "ci95": [0, 1]}}}}', "between 0 and 1"),
+    (b'{"models": {"opd": {"t": {"accuracy": 1, "n": 0, "ci95": [0, 1]}}}}', "(n is 0)"),
+    (b'{"models": {"opd": {"t": {"accuracy": 1, "n": 1, "ci95": [NaN, 1]}}}}', "null is no number"),
+    (b'{"models": {"opd": {"t": {"accuracy": 1, "n": 1, "ci95": 0.5}}}}', "ci95 0.5 is no list"),
+    (b'{"models": ' + b'{"a":' * 100_000, "nested too deeply"),
+]
+FAILURES = [
+    (b"", "opd/failure.json: left out all of it"),
+    (b'{"step": 61}', "(loss is missing)"),
+    (b'{"step": 61, "loss": "x", "grad_norm": 1, "records": []}', '(loss "x" is no number)'),
+    (b'{"step": 61, "loss": 1, "grad_norm": 1, "records": [1]}', "(records[0] 1 is no object)"),
+    (b'{"step": "61", "loss": 1, "grad_norm": 1, "records": []}', '(step "61" is no count)'),
+]
+ODD = [
+    *(("opd/metrics.jsonl", *case) for case in METRICS_ROWS),
+    *(("opd/drift.jsonl", *case) for case in DRIFT_ROWS),
+    *(("opd/rollouts.jsonl", *case) for case in ROLLOUT_ROWS),
+    *(("eval/responses_opd.jsonl", *case) for case in RESPONSE_ROWS),
+    *(("eval/summary.json", *case) for case in SUMMARY),
+    *(("opd/failure.json", *case) for case in FAILURES),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), ODD)
+def test_odd_row_is_left_out_and_named(small_run, tmp_path, monkeypatch, name, content, words):
+    """One note says which file and line, and the page is there with all the rest."""
+    run = shutil.copytree(small_run, tmp_path / "run")
+    path = run / name
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(lines(content([json.loads(x) for x in path.read_text().splitlines()])))
+    text = " ".join(Parsed(report.write_report([run]).read_text()).text.split())
+    notes = [note for note in reading.read_run(run, "x").notes if name in note]
+    assert sum("left out" in note for note in notes) <= 1
+    assert all(" ".join(note.split()) in text for note in notes)
+    assert words in text and (words or not notes), notes
+    assert ("50.0 [45.0, 55.0]" in text) == (name != "eval/summary.json")
+    assert name != "eval/summary.json" or "25.0 [20.0, 30.0]" in text  # of the manifest
+
+
+def test_manifest_entries_that_cannot_be_shown_are_left_out(small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    manifest = Artefact(run / "opd").manifest.to_json()
+    outputs = {"costs": {"training": 3}, "tokens": "7", "source": 5, "fingerprint": "kept"}
+    changed = {"seconds": math.inf, "outputs": outputs, "settings": {"opd": 3, "seed": []}}
+    save_manifest(run / "opd", manifest | changed)
+    text = " ".join(Parsed(report.write_report([run, small_run]).read_text()).text.split())
+    for name in ("costs (training 3 is no object)", 'tokens ("7" is no count)'):
+        assert f"outputs.{name}" in text and "kept" in text
+    (run / "opd" / "manifest.json").write_text('{"a":' * 100_000)
+    (run / "sft" / "manifest.json").unlink()
+    (run / "sft" / "manifest.json").mkdir()
+    text = Parsed(report.write_report([run]).read_text()).text
+    assert "opd/manifest.json" in text and "sft/manifest.json" in text
+
+
+def test_page_that_is_no_text_is_replaced(small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / os.fsdecode(b"caf\xe9"))
+    (run / "report.html").write_bytes(b"\xff")
+    assert "caf?" in report.write_report([run]).read_text()
+
+
+def test_page_with_notices_works_in_a_browser(small_run, tmp_path):
+    if not chromium.executable():
+        pytest.skip("no chromium on this machine")
+    run = shutil.copytree(small_run, tmp_path / "run")
+    for name in ("opd/metrics.jsonl", "opd/rollouts.jsonl", "eval/responses_opd.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": NaN, "loss": "<b>' + "x" * 200 + '"}\n[]\n')
+    path = report.write_report([run])
+    for view in chromium.look(path):
+        assert view.requests == [f"file://{path}"] and view.console == []
+        assert view.content_width <= view.width
+        assert view.html.count("left out line") == 3 and "<b>xxx" not in view.html

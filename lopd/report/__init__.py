@@ -27,9 +27,10 @@ def write_report(workdirs: Sequence[epath.PathLike]) -> epath.Path:
 
     runs = reading.read_runs(list(workdirs))
     path = epath.Path(runs[0].path) / (PAGE if len(runs) == 1 else COMPARISON)
-    text = page.render(runs)
-    if not path.exists() or path.read_text() != text:
-        write_atomically(path, text)
+    # A folder's name may hold bytes that are no text.
+    data = page.render(runs).encode(errors="replace")
+    if not path.exists() or path.read_bytes() != data:
+        write_atomically(path, data.decode())
     return path
 
 

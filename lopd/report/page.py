@@ -28,14 +28,14 @@ def _leaves(stage: Stage) -> list[str]:
         parts.append(
             f"{done:,} steps" if done == stage.steps else f"step {done:,} of {stage.steps or 0:,}"
         )
-        tokens = sum(row.get("tokens", 0) for row in stage.metrics)
+        tokens = _trained(stage)
         if tokens:
             parts.append(f"{number(tokens)} tokens")
     rounds = [str(entry["start"]) for entry in stage.manifest.rounds]
     if rounds:
         parts.append(f"cache refreshed after step {', '.join(rounds)}")
-    totals = stage.outputs if "tokens" in stage.outputs else None
-    if totals and totals.get("responses"):
+    totals = stage.outputs
+    if totals.get("responses") and {"tokens", "finished"} <= totals.keys():
         parts.append(f"{number(totals['responses'])} responses")
         parts.append(f"{number(totals['tokens'])} tokens")
         parts.append(f"{100 * totals['finished'] / totals['responses']:.1f} % finished")
@@ -95,9 +95,14 @@ def _stage_cards(run: Run, shown: Sequence[str]) -> list[dict]:
     return cards
 
 
+def _trained(stage: Stage) -> float:
+    """Response tokens of all steps that have left a row."""
+    return sum(row.get("tokens") or 0 for row in stage.metrics)
+
+
 def _rate(stage: Stage, seconds: float) -> str:
     """Tokens trained or sampled per second of the stage, start-up included."""
-    tokens = stage.outputs.get("tokens") or sum(row.get("tokens", 0) for row in stage.metrics)
+    tokens = stage.outputs.get("tokens") or _trained(stage)
     return f"{number(float(f'{tokens / seconds:.3g}'))} tokens/s" if tokens and seconds else ""
 
 
@@ -178,7 +183,7 @@ def _notes(run: Run) -> list[str]:
     if absent:
         notes.append(f"Not in this folder: {', '.join(absent)}.")
     if run.stages["opd"].state == "complete" and not run.rollouts:
-        notes.append("opd/rollouts.jsonl is missing: no rollouts to browse.")
+        notes.append("opd/rollouts.jsonl is missing or empty: no rollouts to browse.")
     return notes
 
 

@@ -187,8 +187,9 @@ def _with_loss_name(panel: Panel, runs: Sequence[Run], stage: str) -> Panel:
     """The panel of the loss says which loss it is: that of each objective there is."""
     if panel.y_label:
         return panel
-    sections = [run.stages[stage].settings.get("opd", {}) for run in runs]
-    objectives = dict.fromkeys(x["objective"] for x in sections if "objective" in x)
+    objectives = dict.fromkeys(
+        str(run.stages[stage].section("opd").get("objective")) for run in runs
+    )
     known = [LOSSES[name] for name in objectives if name in LOSSES]
     label = " or ".join(dict.fromkeys(f"{loss.title}, {loss.unit}" for loss in known))
     return dataclasses.replace(panel, y_label=label or "loss")

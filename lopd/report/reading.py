@@ -1,16 +1,16 @@
 """From a working directory to plain data. Whatever is missing or damaged becomes a note."""
 
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.artefact import MANIFEST, Artefact
 from lopd.artefacts.manifest import Manifest
 from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.errors import UserError
-from lopd.machine.storage import absolute
+from lopd.machine.storage import absolute, reason
+from lopd.report import rows
 
 TRAINING = tuple(info.name for info in CATALOGUE if info.trains)
 """Stages that leave a metrics.jsonl."""
@@ -52,11 +52,16 @@ class Stage:
         """Wall time that it has taken so far."""
         return self.manifest.seconds if self.manifest else 0.0
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of its settings; empty if it has none of that name."""
+        found = self.settings.get(name)
+        return found if isinstance(found, dict) else {}
+
     @property
     def steps(self) -> int | None:
         """Training steps that were asked for."""
-        section = stage_info(self.name).settings_section
-        return self.settings.get(section, {}).get("steps")
+        found = self.section(stage_info(self.name).settings_section).get("steps")
+        return found if isinstance(found, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,64 +102,89 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_lines(path: epath.Path, notes: list[str]) -> list[dict]:
-    """The rows of a JSON-lines file; a line that is none (the last of a killed run) is noted."""
-    rows, bad = [], 0
-    # Not splitlines(): JSON leaves U+2028 and others as they are inside its strings.
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            bad += 1
-    if bad:
-        name = f"{path.parent.name}/{path.name}"
-        notes.append(f"{name}: {bad} unreadable line{'s' if bad > 1 else ''} left out")
-    return rows
-
-
 def _read_stage(folder: epath.Path, name: str, notes: list[str]) -> Stage:
+    path = folder / MANIFEST
     try:
         artefact = Artefact(folder)
     except UserError as error:
         notes.append(str(error))
         return Stage(name, "damaged")
+    except (OSError, RecursionError) as error:
+        notes.append(f"{path} cannot be read ({reason(error)})")
+        return Stage(name, "damaged")
     if artefact.manifest is None:
         return Stage(name)
-    metrics = _read_lines(folder / "metrics.jsonl", notes) if name in TRAINING else []
-    metrics = [row for row in metrics if "step" in row]
+    odd = rows.Oddities(path)
+    manifest = dataclasses.replace(
+        artefact.manifest,
+        outputs=rows.clean_outputs(artefact.manifest.outputs, odd),
+        results=rows.clean_results(artefact.manifest.results, "results", odd),
+        seconds=odd.checked(rows.amount, artefact.manifest.seconds, "seconds") or 0.0,
+    )
+    notes.extend(odd.notes)
+    metrics = _read_steps(folder / "metrics.jsonl", rows.METRICS, notes)
+    if name not in TRAINING:
+        metrics = []
+    elif metrics and (missing := rows.missing_steps(metrics)):
+        notes.append(f"{name}/metrics.jsonl has no rows of steps {missing}")
+    elif not metrics and artefact.complete and not manifest.outputs.get("source"):
+        notes.append(f"{name}/metrics.jsonl is missing or empty: no curves of {name}")
     failure = _read_failure(folder / "failure.json", notes)
     if failure and metrics and metrics[-1]["step"] >= failure["step"]:
         failure = None
     state = "complete" if artefact.complete else "failed" if failure else "unfinished"
-    return Stage(name, state, artefact.manifest, metrics, failure)
+    return Stage(name, state, manifest, metrics, failure)
+
+
+def _read_steps(path: epath.Path, rule: rows.Rule, notes: list[str]) -> list[dict]:
+    """The rows of a file with one for each step, or for some."""
+    odd = rows.Oddities(path)
+    found = rows.rising(rows.read_lines(path, rule, odd), odd)
+    notes.extend(odd.notes)
+    return found
+
+
+def _read_rows(path: epath.Path, rule: rows.Rule, notes: list[str]) -> list[dict]:
+    odd = rows.Oddities(path)
+    found = rows.read_lines(path, rule, odd)
+    notes.extend(odd.notes)
+    return found
 
 
 def _read_failure(path: epath.Path, notes: list[str]) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        notes.append(f"{path.parent.name}/{path.name} cannot be read")
-        return None
+    odd = rows.Oddities(path)
+    found = rows.read_whole(path, rows.FAILURE, odd)
+    notes.extend(odd.notes)
+    return found
 
 
 def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[dict, str]:
-    """The accuracies in summary.json, or those that an unfinished evaluation has so far."""
-    split = stage.settings.get("eval", {}).get("split", "")
+    """The accuracies in summary.json, and those of the manifest where it lacks them."""
     path = folder / "summary.json"
-    if path.exists():
-        try:
-            summary = json.loads(path.read_text())
-            return summary["models"], summary.get("split", split)
-        except (ValueError, KeyError):
-            notes.append("eval/summary.json cannot be read; delete it and run eval again")
-    return stage.manifest.results if stage.manifest else {}, split
+    odd = rows.Oddities(path)
+    summary = rows.read_whole(path, rows.mapping, odd) or {}
+    found = rows.clean_results(summary.get("models", {}), "models", odd)
+    for model, tasks in (stage.manifest.results if stage.manifest else {}).items():
+        found[model] = tasks | found.get(model, {})
+    if stage.state == "complete" and not summary and not odd.notes:
+        notes.append("eval/summary.json is missing or empty")
+    if odd.notes:
+        notes.extend(f"{note}; eval/{MANIFEST} is shown instead" for note in odd.notes)
+    split = summary.get("split", stage.section("eval").get("split", ""))
+    return found, split if isinstance(split, str) else ""
+
+
+def _read_responses(folder: epath.Path, model: str, notes: list[str]) -> list[dict]:
+    """The graded responses of a model to every problem, the first to each."""
+    odd = rows.Oddities(folder / f"responses_{model}.jsonl")
+    found: dict[tuple, dict] = {}
+    for row in rows.read_lines(odd.path, rows.RESPONSE, odd):
+        key = tuple(row.get(name, 0) for name in ("test", "mode", "problem", "sample"))
+        if key in found:
+            odd.found.append("a second {}/{} response {}.{}".format(*key))
+        found.setdefault(key, row)
+    notes.extend(odd.notes)
+    return [row for row in found.values() if not row.get("sample")]
 
 
 def read_run(workdir: epath.PathLike, label: str) -> Run:
@@ -175,10 +205,7 @@ def read_run(workdir: epath.PathLike, label: str) -> Run:
         own = stage.settings
         settings |= flatten(own, f"{name}." if "checkpoint" in own else "")  # an adopted one
     results, split = _read_results(path / "eval", stages["eval"], notes)
-    responses = {}
-    for model in results:
-        rows = _read_lines(path / "eval" / f"responses_{model}.jsonl", notes)
-        responses[model] = [row for row in rows if not row.get("sample")]
+    responses = {model: _read_responses(path / "eval", model, notes) for model in results}
     return Run(
         label=label,
         path=str(path),
@@ -186,9 +213,9 @@ def read_run(workdir: epath.PathLike, label: str) -> Run:
         settings=settings,
         results=results,
         split=split,
-        drift=_read_lines(path / "opd" / "drift.jsonl", notes),
-        rollouts=_read_lines(path / "opd" / "rollouts.jsonl", notes),
-        responses={model: rows for model, rows in responses.items() if rows},
+        drift=_read_steps(path / "opd" / "drift.jsonl", rows.DRIFT, notes),
+        rollouts=_read_rows(path / "opd" / "rollouts.jsonl", rows.ROLLOUT, notes),
+        responses={model: found for model, found in responses.items() if found},
         notes=notes,
     )
 
