@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -21,9 +22,19 @@ state = {"requests": 0}
 
 def answer(request):
     state["requests"] += 1
+    state["began"] = time.process_time()
     kind = request["do"]
     if kind == "sleep":
         time.sleep(60)
+    if kind in ("integer power", "busy") and "mark" in request:
+        with open(request["mark"], "a") as file:
+            file.write("1")
+    if kind == "busy":
+        while True:
+            pass
+    if kind == "half a second":
+        while time.process_time() < state["began"] + 0.5:
+            pass
     if kind == "integer power":
         9 ** (9 ** 9)
     if kind == "memory":
@@ -51,7 +62,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def box(worker):
-    with Sandbox(worker, seconds=1, memory_bytes=2 << 30) as box:
+    with Sandbox(worker, seconds=1, wall_seconds=1, memory_bytes=2 << 30) as box:
         yield box
 
 
@@ -83,10 +94,30 @@ def test_one_process_answers_all_requests_and_ends_with_the_sandbox(worker):
     box.close()
 
 
-@pytest.mark.parametrize("kind", ["sleep", "integer power", "memory", "die"])
+@pytest.mark.parametrize("kind", ["sleep", "memory", "die"])
 def test_what_is_lost_twice_has_no_reply_and_is_counted(box, kind):
     assert box.ask({"do": kind}) is None and box.lost == 1
     assert box.ask({"do": ""})["requests"] == 1 and box.lost == 1
+
+
+@pytest.mark.parametrize("kind", ["integer power", "busy"])
+def test_what_has_had_its_processor_time_is_not_asked_again(worker, tmp_path, kind):
+    with Sandbox(worker, seconds=1, wall_seconds=60) as box:
+        assert box.ask({"do": kind, "mark": str(tmp_path / "mark")}) is None and box.lost == 1
+        assert (tmp_path / "mark").read_text() == "1"
+        assert box.ask({"do": ""})["requests"] == 1
+
+
+def test_a_machine_that_stands_still_loses_nothing(worker):
+    """A stopped process stands for one that others leave no processor: its time by the clock goes
+    by, its processor's does not."""
+    with Sandbox(worker, seconds=1) as box:
+        pid = box.ask({"do": ""})["pid"]
+        stopped = threading.Timer(0.1, os.kill, (pid, signal.SIGSTOP))
+        resumed = threading.Timer(2.5, os.kill, (pid, signal.SIGCONT))
+        stopped.start(), resumed.start()
+        reply = box.ask({"do": "half a second"})
+        assert (reply["pid"], reply["requests"], box.lost) == (pid, 2, 0)
 
 
 def test_what_is_lost_once_is_asked_again(box, tmp_path):
@@ -102,7 +133,7 @@ def test_a_process_that_died_in_between_is_replaced(box):
 
 def test_one_that_has_put_its_alarm_off_is_ended_by_the_parent(worker, monkeypatch):
     monkeypatch.setattr(sandbox, "_GRACE", 0.5)
-    with Sandbox(worker, seconds=1) as box:
+    with Sandbox(worker, seconds=1, wall_seconds=1) as box:
         start = time.monotonic()
         assert box.ask({"do": "deaf sleep"}) is None
         assert 3 <= time.monotonic() - start < 30

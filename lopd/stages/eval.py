@@ -103,16 +103,16 @@ def _grade_one(
     run: Run, problems: Sequence[Problem], responses: Iterable[Response], samples: int
 ) -> tuple[dict, list[dict]]:
     """Accuracy over the responses to one test set, and a line for each of them."""
-    correct = np.zeros((len(problems), samples), bool)
+    correct, ungraded = np.zeros((2, len(problems), samples), bool)
     labels = np.full(correct.shape, None, object)
-    tokens, finished, ungraded, lines = 0, 0, 0, []
+    tokens, finished, lines = 0, 0, []
     for response in responses:
         place = divmod(response.index, samples)
         problem, text = problems[place[0]], run.tokenizer.decode(response.tokens)
         if response.finished:
             verdict = run.task.grade(problem, text)
             correct[place], labels[place] = verdict.correct, verdict.label
-            ungraded += verdict.ungraded
+            ungraded[place] = verdict.ungraded
         tokens += len(response.tokens)
         finished += response.finished
         lines.append(
@@ -123,18 +123,19 @@ def _grade_one(
                 "response": text,
                 "answer": run.task.answer_text(problem),
                 "correct": bool(correct[place]),
+                "ungraded": bool(ungraded[place]),
                 "finished": response.finished,
             }
         )
-    per_problem = metrics.average(correct)
+    figures = metrics.summarize(correct, labels.tolist(), ungraded)
+    average = figures[f"avg@{samples}"]
     result = {
-        "accuracy": float(per_problem.mean()),
-        "n": correct.size,
-        "ci95": list(metrics.clustered_interval(per_problem)),
+        "accuracy": average["value"],
+        "n": int((~ungraded).sum()),
+        "ci95": average["ci95"],
         "mean_response_tokens": tokens / correct.size,
         "finished": finished / correct.size,
-        "ungraded": ungraded,
-        **(metrics.summarize(correct, labels.tolist()) if samples > 1 else {}),
+        **(figures if samples > 1 else {"ungraded": figures["ungraded"]}),
     }
     return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
 
@@ -159,6 +160,11 @@ def _grade(run: Run, artefact: Artefact, name: str) -> dict:
             for test, asked in tests.items():
                 responses = counted(sample(asked.requests(section.samples)), progress)
                 result, graded = _grade_one(run, asked.problems, responses, section.samples)
+                if not result["n"]:
+                    raise UserError(
+                        f"the grader gave no verdict on any of {result['ungraded']} answers to "
+                        f"{test}: it is killed, or has no memory or time, on this machine"
+                    )
                 results[f"{test}/{mode}"] = {**result, "temperature": section.temperature}
                 lines += [{"test": test, "mode": mode, **line} for line in graded]
     text = "".join(json.dumps(line) + "\n" for line in lines)

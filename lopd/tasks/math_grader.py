@@ -32,11 +32,11 @@ def boxed_answer(response: str) -> str | None:
 
 
 class MathGrader:
-    """math-verify in a process that ends when an answer takes longer than the limit.
+    """math-verify in a process that ends when an answer takes more processor time than the limit.
 
-    An answer that runs into the limits twice is ungraded, so a verdict may depend on the machine's
-    speed; such answers are rare and counted in `lost`. Verdicts are remembered. Use as a context
-    manager, or call `close`; the process ends with this one in any case.
+    Such an answer is ungraded, so a verdict may depend on the machine's speed, though not on what
+    else runs on it; such answers are rare. Verdicts are remembered. Use as a context manager, or
+    call `close`; the process ends with this one in any case.
     """
 
     def __init__(self, seconds: float = 10.0):
@@ -52,11 +52,6 @@ class MathGrader:
     def close(self) -> None:
         """Ends the process."""
         self._sandbox.close()
-
-    @property
-    def lost(self) -> int:
-        """How many different answers are ungraded."""
-        return self._sandbox.lost
 
     def grade(self, reference: str, response: str) -> Verdict:
         """The verdict on a whole response.

@@ -1,13 +1,16 @@
 """Accuracy from several samples per problem, with intervals. Pure functions.
 
 `correct` is a boolean array [problems, samples]. Samples of one problem are not independent, so
-every interval is over per-problem scores: the problems are the random draw. An answer that its
-grader could not decide is not correct here; `summarize` gives their number.
+every interval is over per-problem scores: the problems are the random draw.
+
+An answer that its grader could not decide is neither right nor wrong. `summarize` leaves it out of
+every figure, and the figure's interval reaches from where all such answers are wrong to where all
+are right.
 """
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
@@ -89,6 +92,23 @@ def clustered_interval(scores: np.ndarray) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def _scores(
+    score: Callable[[np.ndarray, Labels], np.ndarray],
+    correct: np.ndarray,
+    labels: Labels,
+    known: np.ndarray,
+) -> np.ndarray:
+    """A score of each problem from its known samples; problems without one are left out."""
+    return np.concatenate(
+        [
+            score(rights[None, there], [[x for x, k in zip(names, there, strict=True) if k]])
+            for rights, names, there in zip(correct, labels, known, strict=True)
+            if there.any()
+        ]
+        or [np.zeros(0)]
+    )
+
+
 def summarize(correct: np.ndarray, labels: Labels, ungraded: np.ndarray | None = None) -> dict:
     """avg@k, pass@k and majority@k for all k samples, each with its 95 % interval, and counts.
 
@@ -96,27 +116,36 @@ def summarize(correct: np.ndarray, labels: Labels, ungraded: np.ndarray | None =
       correct: bool [problems, samples], False where there is no verdict.
       labels: of each answer, as `lopd.tasks.Verdict.label`.
       ungraded: bool [problems, samples], where there is no verdict (`Verdict.ungraded`); by default
-        nowhere. Their number stands beside the figures, because accuracy may be that
-        much higher.
+        nowhere. Of a problem's k samples the others count; NaN if there are none at all.
 
     Raises:
       ValueError: if an answer is both correct and ungraded.
     """
-    problems, k = np.shape(correct)
-    ungraded = np.zeros(np.shape(correct), bool) if ungraded is None else np.asarray(ungraded)
-    if (np.asarray(correct, bool) & ungraded).any():
+    correct = np.asarray(correct, bool)
+    problems, k = correct.shape
+    ungraded = np.zeros(correct.shape, bool) if ungraded is None else np.asarray(ungraded, bool)
+    if (correct & ungraded).any():
         raise ValueError("an answer without a verdict is called correct")
-    scores = {
-        f"avg@{k}": average(correct),
-        f"pass@{k}": pass_at_k(correct, k),
-        f"majority@{k}": majority_at_k(labels, correct, k),
+    figures: dict[str, Callable[[np.ndarray, Labels], np.ndarray]] = {
+        f"avg@{k}": lambda rights, names: average(rights),
+        f"pass@{k}": lambda rights, names: pass_at_k(rights, rights.shape[1]),
+        f"majority@{k}": lambda rights, names: majority_at_k(names, rights, rights.shape[1]),
     }
+    found = {}
+    for name, score in figures.items():
+        values = _scores(score, correct, labels, ~ungraded)
+        if not len(values):
+            found[name] = {"value": math.nan, "ci95": [0.0, 1.0]}
+            continue
+        cases = [values]
+        if ungraded.any():  # all of them wrong, all of them right
+            everything = np.ones(correct.shape, bool)
+            cases += [_scores(score, x, labels, everything) for x in (correct, correct | ungraded)]
+        lows, highs = zip(*map(clustered_interval, cases), strict=True)
+        found[name] = {"value": float(values.mean()), "ci95": [min(lows), max(highs)]}
     return {
         "problems": problems,
         "samples_per_problem": k,
         "ungraded": int(ungraded.sum()),
-        **{
-            name: {"value": float(values.mean()), "ci95": list(clustered_interval(values))}
-            for name, values in scores.items()
-        },
+        **found,
     }

@@ -1,12 +1,13 @@
 """The process behind `lopd.tasks.sandbox.Sandbox`. Imports nothing of lopd.
 
-    python -P sandbox_child.py WORKER SECONDS START_SECONDS MEMORY_BYTES
+    python -P sandbox_child.py WORKER SECONDS WALL_SECONDS START_SECONDS MEMORY_BYTES
 
 Loads the Python file WORKER, writes {} and from then on reads one JSON line at a time and writes
 the reply of its function `answer`. Ends when its input does.
 
-A request that takes more than SECONDS ends the process. The alarm has no handler, so the kernel
-does it, also in the middle of a long operation of the interpreter, and when the parent is gone.
+A request that takes more than SECONDS of processor time ends the process by SIGPROF, one that takes
+more than WALL_SECONDS by SIGALRM. The signals have no handlers, so the kernel does it, also in the
+middle of a long operation of the interpreter, and when the parent is gone.
 Signals that ask a whole job to stop are for the parent to obey, which then closes the input.
 """
 
@@ -17,26 +18,35 @@ import signal
 import sys
 
 
-def main(worker: str, seconds: float, start_seconds: float, memory_bytes: int) -> None:
+def limit(seconds: float, wall_seconds: float) -> None:
+    """Sets both alarms, or with zeros puts them off."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
+
+
+def main(
+    worker: str, seconds: float, wall_seconds: float, start_seconds: float, memory_bytes: int
+) -> None:
     """Answers requests until the input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, start_seconds)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
+    limit(0, start_seconds)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     out, sys.stdout = sys.stdout, sys.stderr  # what the worker prints is no reply
     answer = runpy.run_path(worker)["answer"]
     reply: dict = {}
     while True:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        limit(0, 0)
         out.write(json.dumps(reply) + "\n")
         out.flush()
         line = sys.stdin.readline()
         if not line:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        limit(seconds, wall_seconds)
         reply = answer(json.loads(line))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], *map(float, sys.argv[2:5]), int(sys.argv[5]))
