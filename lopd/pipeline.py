@@ -1,18 +1,20 @@
 """Runs the stages in order: skips what is complete, continues what is partial, refuses the rest."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 
+from etils import epath
+
 from lopd import preflight, report
 from lopd.artefacts.artefact import Artefact
-from lopd.config.catalogue import CATALOGUE, STAGES
+from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import devices, lock, processes, shutdown
 from lopd.machine.storage import absolute, remove_leftovers
 from lopd.preflight import stage_of
+from lopd.report import notices, rows
 from lopd.stages.origins import Adopted, Given
 from lopd.stages.run import Run
 
@@ -165,31 +167,48 @@ def _write_report(run: Run, failed: bool) -> None:
         print(f"report: {page}", flush=True)
 
 
-def _print_accuracies(results: dict) -> None:
+def _print_accuracies(split: str, models: dict[str, dict]) -> None:
     """For each test set a table: models down, ways of sampling across."""
-    first = next(iter(results["models"].values()))
-    for test in dict.fromkeys(task.rpartition("/")[0] for task in first):
-        tasks = [task for task in first if task.rpartition("/")[0] == test]
-        print(f"\naccuracy on {test} ('{results['split']}'), 95 % interval")
-        print(f"{'':10}" + "".join(f"{task.rpartition('/')[2]:>26}{'n':>8}" for task in tasks))
-        for model, by_task in results["models"].items():
-            cells = "".join(
-                f"{by_task[t]['accuracy']:>10.1%}  "
-                f"[{by_task[t]['ci95'][0]:5.1%}, {by_task[t]['ci95'][1]:5.1%}]{by_task[t]['n']:>8}"
-                for t in tasks
-            )
-            print(f"{model:10}{cells}")
+    tasks = dict.fromkeys(task for found in models.values() for task in found)
+    for test in dict.fromkeys(task.rpartition("/")[0] for task in tasks):
+        shown = [task for task in tasks if task.rpartition("/")[0] == test]
+        print(f"\naccuracy on {test} ('{split}'), 95 % interval")
+        print(f"{'':10}" + "".join(f"{task.rpartition('/')[2]:>26}{'n':>8}" for task in shown))
+        for model, by_task in models.items():
+            print(f"{model:10}" + "".join(_cell(by_task[task]) for task in shown))
+
+
+def _cell(result: dict) -> str:
+    low, high = result["ci95"]
+    return f"{result['accuracy']:>10.1%}  [{low:5.1%}, {high:5.1%}]{result['n']:>8}"
+
+
+def _finished(path: epath.Path) -> Artefact | None:
+    """An artefact to say something of, if it is finished and can be read."""
+    with contextlib.suppress(UserError):
+        artefact = Artefact(path)
+        return artefact if artefact.complete else None
+
+
+def _steps(name: str, artefact: Artefact) -> list[dict]:
+    """The rows of a stage that says what it has sampled step by step."""
+    if not stage_info(name).samples_each_step:
+        return []
+    return rows.read_lines(rows.Oddities(artefact.path / "metrics.jsonl"), rows.METRICS)
 
 
 def _print_summary(run: Run, stages: list[str]) -> None:
-    """Accuracies, if there are any, and the time that each stage took."""
-    summary = run.workdir / "eval" / "summary.json"
-    if summary.exists():
-        _print_accuracies(json.loads(summary.read_text()))
-    seconds = {}
-    for name in stages:
-        artefact = Artefact(run.place(name))
-        if artefact.complete:
-            seconds[name] = artefact.manifest.seconds
-    times = "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-    print(f"\nseconds: {times}  total {sum(seconds.values()):.0f}\nresults in {run.workdir}")
+    """Accuracies, if there are any, what to know of them, and the time that each stage took."""
+    done = {name: found for name in stages if (found := _finished(run.place(name)))}
+    said = []
+    for name, artefact in done.items():
+        said += notices.of_stage(name, artefact.outputs, _steps(name, artefact))
+    if evaluation := _finished(run.workdir / "eval"):
+        results = evaluation.manifest.results
+        _print_accuracies(evaluation.manifest.settings["eval"]["split"], results)
+        said += notices.of_results(results)
+    for notice in said:
+        print(f"\nlopd: warning: {notice}")
+    times = "  ".join(f"{name} {a.manifest.seconds:.0f}" for name, a in done.items())
+    total = sum(a.manifest.seconds for a in done.values())
+    print(f"\nseconds: {times}  total {total:.0f}\nresults in {run.workdir}")

@@ -1,7 +1,7 @@
 """What people see while a run works: progress bars and metric files."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import tqdm
 
@@ -34,10 +34,3 @@ def bar(
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.1,
     )
-
-
-def counted(items: Iterable, progress: tqdm.tqdm) -> Iterator:
-    """The items, each counted on the bar as it comes."""
-    for item in items:
-        progress.update()
-        yield item

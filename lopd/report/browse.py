@@ -50,8 +50,10 @@ def response_data(runs: Sequence[Run], models: Sequence[str]) -> dict:
                      "answer": row["answer"], "models": {}},
                 )  # fmt: skip
                 problem["models"].setdefault(model, {})[row["mode"]] = [
-                    row["response"], row["correct"], row["finished"]
-                ]  # fmt: skip
+                    row["response"],
+                    None if row.get("ungraded") else row["correct"],
+                    row["finished"],
+                ]
         budget = _RESPONSE_CHARACTERS // len(runs)
         # The first problems of every test set, so that none is left out.
         for place in sorted(by_problem, key=lambda place: (place[1], place[0])):

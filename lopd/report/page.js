@@ -338,12 +338,18 @@
       const sft = p.models.sft?.[mode];
       if (!own || (value("run") && p.run !== Number(value("run")))) return false;
       if (value("test") && p.test !== value("test")) return false;
-      if (verdict === "gained" && !(own[1] && sft && !sft[1])) return false;
-      if (verdict === "lost" && !(!own[1] && sft && sft[1])) return false;
+      // True, false, or null without a verdict.
+      if (verdict === "gained" && !(own[1] && sft?.[1] === false)) return false;
+      if (verdict === "lost" && !(own[1] === false && sft?.[1])) return false;
+      if (verdict === "none" && own[1] !== null) return false;
       if ((verdict === "1" || verdict === "0") && own[1] !== (verdict === "1")) return false;
       return !text || `${p.prompt}${own[0]}`.toLowerCase().includes(text);
     };
     return { found: evaluation.problems.filter(wanted), of: evaluation.problems.length };
+  }
+
+  function look(correct) {
+    return correct === null ? "" : correct ? "right" : "wrong";
   }
 
   function renderResponse(p, value) {
@@ -351,16 +357,16 @@
     const [text, correct, finished] = p.models[model][mode];
     const others = evaluation.models.filter((m) => m !== model && p.models[m]?.[mode]).map((m) => {
       const right = p.models[m][mode][1];
-      const chip = make("span", { className: `chip ${right ? "right" : "wrong"}` }, `${data.titles[m]} ${right ? "✓" : "✗"}`);
+      const chip = make("span", { className: `chip ${look(right)}` }, `${data.titles[m]} ${right === null ? "?" : right ? "✓" : "✗"}`);
       chip.title = p.models[m][mode][0];
       return chip;
     });
-    const word = correct ? "✓ correct" : finished ? "✗ incorrect" : "✗ cut at the cap";
+    const word = correct ? "✓ correct" : correct === null ? "? not graded" : finished ? "✗ incorrect" : "✗ cut at the cap";
     return make("article", { className: "item" },
       make("div", { className: "meta" },
         ...(data.runs.length > 1 ? [make("b", {}, data.runs[p.run])] : []),
         ...(evaluation.tests.length > 1 ? [make("span", {}, p.test)] : []),
-        make("span", { className: `verdict ${correct ? "right" : "wrong"}` }, word),
+        make("span", { className: `verdict ${look(correct)}` }, word),
         make("span", {}, "answer ", make("b", {}, String(p.answer))), ...others),
       make("div", { className: "prompt" }, p.prompt.trimEnd()),
       make("div", { className: "answer" }, text));

@@ -10,7 +10,7 @@ from etils import epath
 from markupsafe import Markup
 
 from lopd.config.catalogue import DEFAULT_STAGES, stage_info
-from lopd.report import accuracy, browse, panels
+from lopd.report import accuracy, browse, notices, panels
 from lopd.report.plots import SERIES
 from lopd.report.reading import TRAINING, Run, Stage
 from lopd.report.texts import duration, flops, math, number, setting, signed
@@ -171,6 +171,14 @@ def _failures(run: Run) -> list[dict]:
     return found
 
 
+def _notices(run: Run) -> list[str]:
+    """What makes the figures less than they seem."""
+    found = []
+    for stage in run.stages.values():
+        found += notices.of_stage(stage.name, stage.outputs, stage.metrics)
+    return found + notices.of_results(run.results)
+
+
 def _notes(run: Run) -> list[str]:
     """What is unfinished, absent or unreadable."""
     notes = list(run.notes)
@@ -231,6 +239,7 @@ def _run(run: Run, colour: int, shown: Sequence[str]) -> dict:
         "colour": colour,
         "headline": _headline(run),
         "failures": _failures(run),
+        "notices": _notices(run),
         "notes": _notes(run),
         "cards": _stage_cards(run, shown),
         "settings": _setting_groups(run),
@@ -254,7 +263,7 @@ def render(runs: Sequence[Run]) -> str:
                 {"name": name, "does": stage_info(name).does, "plots": shown, "more": more}
             )
     advantage_plots = panels.advantage_plots(runs)
-    models = accuracy.models(runs)
+    models, details = accuracy.models(runs), accuracy.details(runs)
     responses = browse.response_data(runs, models)
     rollouts = browse.rollout_data(runs)
     # In the order of the page, which numbers its plots.
@@ -281,7 +290,7 @@ def render(runs: Sequence[Run]) -> str:
             models=models,
             tables=accuracy.tables(runs),
             accuracy_plots=accuracy.plots(runs),
-            details=accuracy.details(runs),
+            details=details,
             differences=_setting_differences(runs) if len(runs) > 1 else [],
             opd_plots=opd_plots,
             not_recorded=not_recorded,
@@ -291,6 +300,7 @@ def render(runs: Sequence[Run]) -> str:
             training=training,
             rollout_count=(len(rollouts), sum(len(run.rollouts) for run in runs)),
             responses=responses,
+            ungraded=any(row["result"].get("ungraded") for row in details),
             data=_script_json(data),
         )
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from lopd.artefacts.artefact import MANIFEST, Artefact
+from lopd.artefacts.artefact import MANIFEST, Artefact, damage
 from lopd.artefacts.manifest import Manifest
 from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.errors import UserError
@@ -122,6 +122,8 @@ def _read_stage(folder: epath.Path, name: str, notes: list[str]) -> Stage:
         seconds=odd.checked(rows.amount, artefact.manifest.seconds, "seconds") or 0.0,
     )
     notes.extend(odd.notes)
+    if artefact.complete:
+        notes.extend(_damaged_rows(artefact))
     metrics = _read_steps(folder / "metrics.jsonl", rows.METRICS, notes)
     if name not in TRAINING:
         metrics = []
@@ -136,24 +138,34 @@ def _read_stage(folder: epath.Path, name: str, notes: list[str]) -> Stage:
     return Stage(name, state, manifest, metrics, failure)
 
 
+def _damaged_rows(artefact: Artefact) -> list[str]:
+    """Notes on files that the page shows and that are not as its stage has left them."""
+    return [
+        f"{artefact.path.name}/{entry['name']} {what}; running the stage again makes it again"
+        for entry in artefact.manifest.files
+        if entry["name"].endswith((".jsonl", "summary.json"))
+        and (what := damage(artefact.path / entry["name"], entry))
+    ]
+
+
 def _read_steps(path: epath.Path, rule: rows.Rule, notes: list[str]) -> list[dict]:
     """The rows of a file with one for each step, or for some."""
     odd = rows.Oddities(path)
-    found = rows.rising(rows.read_lines(path, rule, odd), odd)
+    found = rows.rising(rows.read_lines(odd, rule), odd)
     notes.extend(odd.notes)
     return found
 
 
 def _read_rows(path: epath.Path, rule: rows.Rule, notes: list[str]) -> list[dict]:
     odd = rows.Oddities(path)
-    found = rows.read_lines(path, rule, odd)
+    found = rows.read_lines(odd, rule)
     notes.extend(odd.notes)
     return found
 
 
 def _read_failure(path: epath.Path, notes: list[str]) -> dict[str, Any] | None:
     odd = rows.Oddities(path)
-    found = rows.read_whole(path, rows.FAILURE, odd)
+    found = rows.read_whole(odd, rows.FAILURE)
     notes.extend(odd.notes)
     return found
 
@@ -162,7 +174,7 @@ def _read_results(folder: epath.Path, stage: Stage, notes: list[str]) -> tuple[d
     """The accuracies in summary.json, and those of the manifest where it lacks them."""
     path = folder / "summary.json"
     odd = rows.Oddities(path)
-    summary = rows.read_whole(path, rows.mapping, odd) or {}
+    summary = rows.read_whole(odd, rows.mapping) or {}
     found = rows.clean_results(summary.get("models", {}), "models", odd)
     for model, tasks in (stage.manifest.results if stage.manifest else {}).items():
         found[model] = tasks | found.get(model, {})
@@ -178,7 +190,7 @@ def _read_responses(folder: epath.Path, model: str, notes: list[str]) -> list[di
     """The graded responses of a model to every problem, the first to each."""
     odd = rows.Oddities(folder / f"responses_{model}.jsonl")
     found: dict[tuple, dict] = {}
-    for row in rows.read_lines(odd.path, rows.RESPONSE, odd):
+    for row in rows.read_lines(odd, rows.RESPONSE):
         key = tuple(row.get(name, 0) for name in ("test", "mode", "problem", "sample"))
         if key in found:
             odd.found.append("a second {}/{} response {}.{}".format(*key))

@@ -369,15 +369,15 @@ def _content(odd: Oddities) -> bytes:
         return b""
 
 
-def read_whole(path: epath.Path, rule: Rule, odd: Oddities) -> Any:
-    """The one value of a JSON file; None if it has none that keeps the rule."""
-    if not path.exists():
+def read_whole(odd: Oddities, rule: Rule) -> Any:
+    """The one value of a JSON file; None, noted, if it does not keep the rule."""
+    if not odd.path.exists():
         return None
     return odd.checked(lambda data: rule(parse(data, [])), _content(odd), "all of it")
 
 
-def read_lines(path: epath.Path, rule: Rule, odd: Oddities) -> list[dict]:
-    """The rows of a JSON-lines file that keep a rule."""
+def read_lines(odd: Oddities, rule: Rule) -> list[dict]:
+    """The rows of a JSON-lines file that keep a rule; the others are noted."""
     found = []
     # Not splitlines(): JSON leaves U+2028 and others as they are inside its strings.
     for place, line in enumerate(_content(odd).split(b"\n"), start=1):
@@ -394,7 +394,7 @@ def read_lines(path: epath.Path, rule: Rule, odd: Oddities) -> list[dict]:
 
 
 def rising(rows: list[dict], odd: Oddities) -> list[dict]:
-    """Rows whose steps rise."""
+    """Rows whose steps rise; the others are noted."""
     kept: list[dict] = []
     for row in rows:
         last = kept[-1]["step"] if kept else -1

@@ -19,6 +19,7 @@ from lopd.cache import writer
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.progress import bar
+from lopd.sampling.cut import CutCounter
 from lopd.sampling.engine import Request, Response, Stats
 
 Sample = Callable[[Sequence[Request]], Iterator[Response]]
@@ -144,6 +145,7 @@ def write_responses(
         bar(total=len(wanted), label=artefact.path.name, unit="responses") as progress,
         writer.ShardWriter(artefact, fields, plan.count) as shards,
     ):
+        counter = CutCounter(progress)
         for response in sample([plan.requests[i] for i in wanted]):
             shard = wanted[response.index] // plan.per_shard
             filling.setdefault(shard, []).append(response)
@@ -151,9 +153,10 @@ def write_responses(
                 full = sorted(filling.pop(shard), key=lambda r: r.index)
                 shards.put(shard, score(full))
             if stats:
-                shown = f"{stats.tokens_per_second:,.0f} tokens/s, slots {stats.occupancy:.0%} busy"
-                progress.set_postfix_str(shown, refresh=False)
-            progress.update()
+                counter.also = (
+                    f"{stats.tokens_per_second:,.0f} tokens/s, slots {stats.occupancy:.0%} busy"
+                )
+            counter.add(response.finished)
             shards.check()
 
 

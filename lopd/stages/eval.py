@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import tqdm
 
 from lopd.artefacts.artefact import Artefact
 from lopd.config.catalogue import CATALOGUE, STUDENT, stage_info
 from lopd.errors import UserError
 from lopd.machine import processes
-from lopd.machine.progress import bar, counted
+from lopd.machine.progress import bar
 from lopd.machine.storage import write_atomically
 from lopd.models.decoder import Params
 from lopd.rollouts.requests import PromptSet
+from lopd.sampling.cut import CutCounter
 from lopd.sampling.engine import Response
 from lopd.stages import identity
 from lopd.stages.card import add_accuracies
@@ -140,6 +142,14 @@ def _grade_one(
     return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
 
 
+def _counted(responses: Iterable[Response], progress: tqdm.tqdm) -> Iterator[Response]:
+    """The responses to one test set, each counted on the bar as it comes."""
+    counter = CutCounter(progress)
+    for response in responses:
+        counter.add(response.finished)
+        yield response
+
+
 def _responses(name: str) -> str:
     return f"responses_{name}.jsonl"
 
@@ -158,7 +168,7 @@ def _grade(run: Run, artefact: Artefact, name: str) -> dict:
             plan = sampler_plan(run, which, section, "eval sampling")
             sample = plan.make(params, responses=section.samples * max(problems))
             for test, asked in tests.items():
-                responses = counted(sample(asked.requests(section.samples)), progress)
+                responses = _counted(sample(asked.requests(section.samples)), progress)
                 result, graded = _grade_one(run, asked.problems, responses, section.samples)
                 if not result["n"]:
                     raise UserError(

@@ -1,13 +1,14 @@
 """What is kept of every run of a study: plain numbers, for results.json and all tables."""
 
-import json
 import math
+import sys
 from collections.abc import Sequence
 
 from etils import epath
 
 from lopd.artefacts.artefact import Artefact
 from lopd.config.catalogue import stage_info
+from lopd.report import rows
 from lopd.study.design import Arm, Study, path_to
 from lopd.study.run import finished
 from lopd.study.store import Store
@@ -15,8 +16,13 @@ from lopd.study.store import Store
 _LAST_STEPS = 10
 
 
-def _rows(path: epath.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _rows(path: epath.Path, rule: rows.Rule) -> list[dict]:
+    """The rows of a file; a warning says which are left out."""
+    odd = rows.Oddities(path)
+    found = rows.rising(rows.read_lines(odd, rule), odd)
+    for note in odd.notes:
+        print(f"lopd: warning: {note}", file=sys.stderr)
+    return found
 
 
 def _short(value):
@@ -30,9 +36,9 @@ def _short(value):
     return value
 
 
-def _final(rows: list[dict]) -> dict:
+def _final(metrics: list[dict]) -> dict:
     """The mean of each metric over the last steps."""
-    last = rows[-_LAST_STEPS:]
+    last = metrics[-_LAST_STEPS:]
     numbers = [name for name, x in last[-1].items() if isinstance(x, float)]
     means = {}
     for name in numbers:
@@ -44,9 +50,10 @@ def _final(rows: list[dict]) -> dict:
 def _training(artefact: Artefact) -> dict:
     """How training ended: metrics of the training responses, and drift on the held-out ones."""
     found = {}
-    rows, drift = (_rows(artefact.path / f"{name}.jsonl") for name in ("metrics", "drift"))
-    if rows:
-        found["final"] = _final(rows)
+    metrics = _rows(artefact.path / "metrics.jsonl", rows.METRICS)
+    drift = _rows(artefact.path / "drift.jsonl", rows.DRIFT)
+    if metrics:
+        found["final"] = _final(metrics)
     if drift and drift[-1].get("heldout"):
         found["heldout"] = {"step": drift[-1]["step"], **drift[-1]["heldout"]}
     return found
@@ -60,13 +67,13 @@ def _costs_of(arm: Arm) -> list[str]:
 
 def run_result(arm: Arm, seed: int, artefacts: dict[str, Artefact]) -> dict:
     """The numbers of one arm with one seed."""
-    summary = json.loads((artefacts["eval"].path / "summary.json").read_text())
-    tests = summary["models"][arm.student]
+    evaluation = artefacts["eval"].manifest
+    tests = evaluation.results[arm.student]
     trained = arm.student in artefacts and arm.student != "teacher"
     result = {
         "arm": arm.name,
         "seed": seed,
-        "split": summary["split"],
+        "split": evaluation.settings["eval"]["split"],
         "accuracy": {
             name: {key: test[key] for key in ("accuracy", "n", "finished", "mean_response_tokens")}
             for name, test in tests.items()

@@ -21,6 +21,7 @@ from lopd.machine.progress import bar
 from lopd.machine.storage import Growing
 from lopd.models import decoder
 from lopd.models.flops import training_flops
+from lopd.sampling.cut import MANY
 from lopd.training.drift import panel_row, scalars
 from lopd.training.metrics_files import (
     DRIFT,
@@ -111,6 +112,8 @@ class StepLog:
             shown["FLOP/s"] = self._bar.format_sizeof(row["flops"] / seconds)
         for writer in self._writers:
             writer.write({"step": item.step, **row, **item.columns})
+        if (cut := row.get("truncated", 0.0)) > MANY:
+            shown["CUT responses"] = f"{cut:.0%}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         if drift is None:
