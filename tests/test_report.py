@@ -722,11 +722,27 @@ def test_page_with_notices_works_in_a_browser(small_run, tmp_path):
     if not chromium.executable():
         pytest.skip("no chromium on this machine")
     run = shutil.copytree(small_run, tmp_path / "run")
-    for name in ("opd/metrics.jsonl", "opd/rollouts.jsonl", "eval/responses_opd.jsonl"):
+    for name in ("opd/metrics.jsonl", "opd/rollouts.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"step": NaN, "loss": "<b>' + "x" * 200 + '"}\n[]\n')
+    results = {"sft": {"task/greedy": result(0.5, 1) | {"ungraded": 1, "finished": 0.5}}}
+    (run / "eval" / "summary.json").write_text(json.dumps({"split": "dev", "models": results}))
+    path = run / "eval" / "responses_sft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(lines(row | {"correct": False, "ungraded": True} for row in rows))
     path = report.write_report([run])
-    for view in chromium.look(path):
+    use = """
+    const select = (name, value) => {
+      const node = document.querySelector(`#responses select[name=${name}]`);
+      node.value = value;
+      node.dispatchEvent(new Event("change", { bubbles: true }));
+    };
+    select("verdict", "none");
+    """
+    for view in chromium.look(path, use):
         assert view.requests == [f"file://{path}"] and view.console == []
         assert view.content_width <= view.width
-        assert view.html.count("left out line") == 3 and "<b>xxx" not in view.html
+        text = Parsed(view.html).text
+        assert text.count("? not graded") == 2 and "2 of 2 problems" in text
+        assert "sft task/greedy 1 of 2" in text and "sft task/greedy 50%" in text
+        assert view.html.count("left out line") == 2 and "<b>xxx" not in view.html

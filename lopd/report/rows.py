@@ -16,6 +16,7 @@ from etils import epath
 from lopd.machine.storage import reason
 
 Rule = Callable[[Any], Any]
+"""See above."""
 
 _MOST = 1e40
 """Float32, which all figures come from, ends at 3.4e38."""

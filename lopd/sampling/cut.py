@@ -19,10 +19,13 @@ class CutCounter:
     """Counts responses on a bar, which shows the share that was cut while that is above MANY."""
 
     progress: tqdm.tqdm
+    """The bar."""
     also: str = ""
     """What else the bar shows."""
     count: int = 0
+    """Responses so far."""
     cut: int = 0
+    """How many of them were cut."""
     _said: bool = False
 
     def add(self, finished: bool) -> None:
