@@ -1,7 +1,7 @@
 """What people see while a run works: progress bars and metric files."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import tqdm
 
@@ -34,3 +34,10 @@ def bar(
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.1,
     )
+
+
+def counted(items: Iterable, progress: tqdm.tqdm) -> Iterator:
+    """The items, each counted on the bar as it comes."""
+    for item in items:
+        progress.update()
+        yield item

@@ -157,6 +157,7 @@ def write_responses(
                     f"{stats.tokens_per_second:,.0f} tokens/s, slots {stats.occupancy:.0%} busy"
                 )
             counter.add(response.finished)
+            progress.update()
             shards.check()
 
 

@@ -16,7 +16,7 @@ _FIRST = 8
 
 @dataclasses.dataclass
 class CutCounter:
-    """Counts responses on a bar, which shows the share that was cut while that is above MANY."""
+    """Counts cut responses for a bar, which shows their share while that is above MANY."""
 
     progress: tqdm.tqdm
     """The bar."""
@@ -38,4 +38,3 @@ class CutCounter:
             ", ".join([*filter(None, [self.also]), *shown]), refresh=many and not self._said
         )
         self._said |= many
-        self.progress.update()

@@ -11,7 +11,7 @@ from lopd.artefacts.artefact import Artefact
 from lopd.config.catalogue import CATALOGUE, STUDENT, stage_info
 from lopd.errors import UserError
 from lopd.machine import processes
-from lopd.machine.progress import bar
+from lopd.machine.progress import bar, counted
 from lopd.machine.storage import write_atomically
 from lopd.models.decoder import Params
 from lopd.rollouts.requests import PromptSet
@@ -142,8 +142,8 @@ def _grade_one(
     return result, sorted(lines, key=lambda line: (line["problem"], line["sample"]))
 
 
-def _counted(responses: Iterable[Response], progress: tqdm.tqdm) -> Iterator[Response]:
-    """The responses to one test set, each counted on the bar as it comes."""
+def _watched(responses: Iterable[Response], progress: tqdm.tqdm) -> Iterator[Response]:
+    """The responses to one test set; the bar says when many are cut."""
     counter = CutCounter(progress)
     for response in responses:
         counter.add(response.finished)
@@ -168,7 +168,8 @@ def _grade(run: Run, artefact: Artefact, name: str) -> dict:
             plan = sampler_plan(run, which, section, "eval sampling")
             sample = plan.make(params, responses=section.samples * max(problems))
             for test, asked in tests.items():
-                responses = _counted(sample(asked.requests(section.samples)), progress)
+                answers = _watched(sample(asked.requests(section.samples)), progress)
+                responses = counted(answers, progress)
                 result, graded = _grade_one(run, asked.problems, responses, section.samples)
                 if not result["n"]:
                     raise UserError(
