@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lopd.artefacts.artefact import Artefact
 from lopd.config import read_settings
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
-from lopd.study import Arm, run, table
+from lopd.study import Arm, results, run, table
 from lopd.study.store import Store, locked
 from lopd.study.write import write
 
@@ -176,3 +177,17 @@ def test_estimates_equal_scipys():
     assert table.estimate([0.5]).text() == "50.0"
     assert table.estimate([0.5, 0.7]).text() == "60.0 [−67.1, 187.1]"
     assert table.paired({1: 0.5}, {2: 0.5}) is None
+
+
+def test_odd_rows_are_left_out_of_the_results(tmp_path, capsys):
+    good = [{"step": i, "loss": float(i), "seconds": 1} for i in (1, 2)]
+    odd = ['{"step": 3, "loss": "x"}', "[1]", '{"step": 2, "loss": 9.0}', '{"step": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, good), *odd]))
+    (tmp_path / "drift.jsonl").write_bytes(
+        b'{"step": 1, "heldout": {"chi2": 2.0}}\n{"heldout": \xff'
+    )
+    found = results._training(types.SimpleNamespace(path=tmp_path))
+    assert found == {"final": {"step": 2, "loss": 1.5}, "heldout": {"step": 1, "chi2": 2.0}}
+    metrics, drift = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl: left out line 3 (loss" in metrics and "and 1 more" in metrics
+    assert "drift.jsonl: left out line 2 (not UTF-8" in drift
