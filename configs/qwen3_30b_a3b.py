@@ -14,7 +14,7 @@ The paper gives no hours for this pair.
 Expected, pass@1 in % of the paper: AIME24 / AIME25 / HMMT25
 66.8 / 63.2 / 44.6 after SFT, 71.0 / 66.3 / 48.3 after OPD.
 With an SFT model from elsewhere: `--config.sft.checkpoint=NAME --config.sft.teacher=TEACHER
---stages=precompute,opd,eval,export`; the name in `sft.teacher` must be that of
+--stages=precompute,opd,export,eval`; the name in `sft.teacher` must be that of
 `teacher.checkpoint`.
 """
 

@@ -13,7 +13,7 @@ Teacher Qwen/Qwen3-8B, student Qwen/Qwen3-4B-Base. The paper spends 20 H100-hour
 Expected, pass@1 in % of the paper: AIME24 / AIME25 / HMMT25
 56.7 / 52.1 / 34.0 after SFT, 68.1 / 58.4 / 39.8 after OPD.
 With an SFT model from elsewhere: `--config.sft.checkpoint=NAME --config.sft.teacher=TEACHER
---stages=precompute,opd,eval,export`; the name in `sft.teacher` must be that of
+--stages=precompute,opd,export,eval`; the name in `sft.teacher` must be that of
 `teacher.checkpoint`.
 """
 

@@ -13,7 +13,7 @@ Teacher Qwen/Qwen3-32B, student Qwen/Qwen3-8B-Base. The paper spends 30 H100-hou
 Expected, pass@1 in % of the paper: AIME24 / AIME25 / HMMT25
 63.7 / 51.7 / 36.9 after SFT, 69.9 / 59.2 / 41.9 after OPD.
 With an SFT model from elsewhere: `--config.sft.checkpoint=NAME --config.sft.teacher=TEACHER
---stages=precompute,opd,eval,export`; the name in `sft.teacher` must be that of
+--stages=precompute,opd,export,eval`; the name in `sft.teacher` must be that of
 `teacher.checkpoint`.
 """
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -25,8 +26,20 @@ from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import outputs, shutdown
 
+
+class _PathParser(flags.ArgumentParser):
+    """A path; a leading ~ is the home directory, which shells leave alone behind an =."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where artefacts go.")
+WORKDIR = flags.DEFINE(
+    _PathParser(), "workdir", None, "Where artefacts go.", serializer=flags.ArgumentSerializer()
+)
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
 WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
 
@@ -74,44 +87,98 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
 
 
-def _check_config_file(argv: list[str]) -> None:
+def _home(argument: str) -> str:
+    """A --config=~/FILE with the home directory in it."""
+    name, equals, value = argument.partition("=")
+    if equals and name.lstrip("-") == "config":
+        return f"{name}={os.path.expanduser(value)}"
+    return argument
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    """The settings files that a command line names."""
+    named = [match[1] for a in argv if (match := re.fullmatch(r"--?config=(.*)", a, re.DOTALL))]
+    return named + [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+
+
+def _path_of(name: str) -> str:
+    """The file of a --config=FILE or --config=FILE:ARGUMENT."""
+    return name if os.path.exists(name) else name.partition(":")[0]
+
+
+def _check_config_file(name: str) -> None:
     """Refuses a --config that is no settings file before ml_collections runs it.
 
     Raises:
       UserError: naming the file and what is wrong with it.
     """
-    named = [match[1] for a in argv if (match := re.fullmatch(r"--?config=(.*)", a))]
-    named += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-    for name in named:
-        where = f"--config={name}"
-        path = name if os.path.exists(name) else name.partition(":")[0]  # FILE:ARGUMENT
-        if not os.path.isfile(path):
-            kind = "is a folder" if os.path.isdir(path) else "does not exist"
-            raise UserError(f"{where} {kind}: give a settings file, as configs/tiny.py")
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            ast.parse(text)
-        except SyntaxError as error:
-            raise UserError(f"{where}: not Python, line {error.lineno} ({error.msg})") from error
-        except ValueError as error:
-            raise UserError(f"{where}: not a text file ({error})") from error
-        if not re.search(r"\bget_config\b", text):
-            raise UserError(f"{where} has no get_config(), so it is no settings file")
+    where, path = f"--config={name}", _path_of(name)
+    if not os.path.isfile(path):
+        kind = "is a folder" if os.path.isdir(path) else "does not exist"
+        kind = "is no file" if os.path.exists(path) and not os.path.isdir(path) else kind
+        raise UserError(f"{where} {kind}: give a settings file, as configs/tiny.py")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        ast.parse(text)
+    except SyntaxError as error:
+        raise UserError(f"{where}: not Python, line {error.lineno} ({error.msg})") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where}: not a text file ({error})") from error
+    if not re.search(r"\bget_config\b", text):
+        raise UserError(f"{where} has no get_config(), so it is no settings file")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _config_error(error: BaseException, names: list[str]) -> str | None:
+    """What went wrong while a settings file ran, in one line; None if it was something else."""
+    paths = {os.path.realpath(_path_of(name)): name for name in names}
+    for cause in reversed([*_chain(error)]):
+        frames = traceback.extract_tb(cause.__traceback__)
+        lines = [(f.filename, f.lineno) for f in frames if os.path.realpath(f.filename) in paths]
+        if lines:
+            file, line = lines[-1]
+            what = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+            return f"--config={paths[os.path.realpath(file)]}, line {line}: {what}"
+    deepest = [*_chain(error)][-1]
+    if names and ("parsing config file" in str(error) or "get_config" in str(deepest)):
+        return f"--config={names[-1]}: {' '.join(str(deepest).split())}"
+    return None
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with any mistake in a setting as one line; `--config.key=None` unsets one."""
+    argv = [_home(argument) for argument in argv]
+    names = _config_files(argv)
     with one_line_errors():
-        _check_config_file(argv)
+        for name in names:
+            _check_config_file(name)
     last = dict(re.findall(r"^--?config\.(.+?)=(.*)$", "\n".join(argv), flags=re.MULTILINE))
     unset = [key for key, value in last.items() if value == "None"]
+    logging.set_verbosity(logging.ERROR)  # of what is said here as an error, a warning comes first
     try:
         rest = flags.FLAGS([a for a in argv if not re.fullmatch(r"--?config\..+=None", a)])
+        if CONFIG.present and not isinstance(CONFIG.value, ml_collections.ConfigDict):
+            kind = type(CONFIG.value).__name__
+            fail(f"--config={names[-1]}: get_config() gives {kind}, no settings (a ConfigDict)")
         for key in unset if CONFIG.value is not None else ():
             CONFIG.value.update_from_flattened_dict({key: None})
         return rest
-    except (AttributeError, KeyError) as error:
+    except (Exception, SystemExit) as error:  # a settings file may raise anything
+        if said := _config_error(error, names):
+            fail(said)
+        _fail_of_flags(error, argv)
+
+
+def _fail_of_flags(error: BaseException, argv: list[str]) -> NoReturn:
+    """Ends the program with a line on a flag that cannot be; raises what is no mistake of one."""
+    if isinstance(error, AttributeError | KeyError):
         # ml_collections' "'key'… Did you mean …?" says neither where the key was nor what it is.
         message = str(error.args[0])
         key = re.match(r"\W*(\w+)", message).group(1)
@@ -119,8 +186,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         nearest = re.search(r'mean "(\w+)"', message)
         hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
         fail(f"{' '.join(given)}: there is no setting {key!r}{hint}")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+    if isinstance(error, flags.Error | TypeError | ValueError | OSError):
         fail(" ".join(str(error).split()))
+    raise error
 
 
 def settings_and_workdir(argv: list[str], example: str) -> Settings:

@@ -3,18 +3,23 @@
 import jax
 
 from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.checkpoints.hugging_face import check_checkpoint
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, stage_info
 from lopd.config.checks import check_settings as check_settings_alone
-from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
+from lopd.data.tokenizers import check_vocabulary
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.storage import check_url, reason
 from lopd.models.shardings import check_divisible
 from lopd.stages.adopt import adoption
+from lopd.stages.agreement import check_agreement
 from lopd.stages.objective import check_objective
-from lopd.stages.origins import Adopted, Given
+from lopd.stages.origins import Adopted, Given, Made
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage, load_stage
+
+_EXAMPLES = 8
+"""Problems of each set that the checkpoints' templates are compared on."""
 
 
 def stage_of(run: Run, name: str) -> Stage:
@@ -99,14 +104,34 @@ def _check_made(run: Run, name: str, wanted: bool) -> None:
             stage.read_prompts(run)
 
 
+def _check_read(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses finished artefacts of this run that the stages read, made from other settings.
+
+    Not only those that they read themselves: π_ref is of other settings where its data is.
+    """
+    waiting = [*stages, *(n for s in stages for n in stage_info(s).reads_if_there)]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not isinstance(run.origin(name), Made):
+            continue
+        seen.add(name)
+        waiting += [*stage_info(name).needs(run.settings), *load_stage(name).reads(run)]
+        if name not in stages and (made := Artefact(run.home(name))).complete:
+            made.check("settings", load_stage(name).settings(run))
+
+
 def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
     """Refuses what is there and was made from other settings, and what is needed and not there.
 
     Raises:
       UserError: one line that says what is wrong.
     """
+    _check_checkpoints(run, stages)
     for info in CATALOGUE:
         _check_made(run, info.name, info.name in stages)
+    _check_read(run, stages)
+    check_agreement(run, run.prompts.read(_EXAMPLES))
     for name in stages:
         load_stage(name).check(run, stages)
     # A stage reads artefacts that are given, already there, or about to be made.
@@ -115,23 +140,19 @@ def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
         for needed in () if made_elsewhere else stage_info(name).needs(run.settings):
             if needed not in stages and not isinstance(run.origin(needed), Given | Adopted):
                 run.input(needed)
-    _check_checkpoints(run, stages)
 
 
 def _check_checkpoints(run: Run, stages: tuple[str, ...]) -> None:
-    """What Hugging Face checkpoints must agree on before any is used."""
-    teacher, student = run.origin("teacher"), run.origin("sft")
+    """Refuses Hugging Face checkpoints that lack a tensor, or are of another shape than set."""
+    models = {"sft": STUDENT, "teacher": TEACHER}
+    origins = {name: run.origin(name) for name in models}
     # Resolved now, so that what is missing shows before any work.
-    folders = {name: x.folder for name, x in (("sft", student), ("teacher", teacher))
-               if isinstance(x, Adopted)}  # fmt: skip
+    folders = [(x.folder, models[n]) for n, x in origins.items() if isinstance(x, Adopted)]
     if run.settings.student.checkpoint:
-        folders["student"] = run.base_folder
-    if "teacher" in folders:
-        check_same_vocabulary(
-            load_tokenizer(folders["teacher"]),
-            run.tokenizer,
-            f"the tokenizers of {folders['teacher']} and the student",
-        )
+        folders.append((run.base_folder, STUDENT))
+    for folder, which in folders:
+        check_checkpoint(folder, run.model(which), f"{which}.model")
+    student = origins["sft"]
     scored = any(stage_info(name).scores(run.settings) for name in stages)
     if isinstance(student, Adopted) and scored and not run.settings.sft.teacher:
         raise UserError(

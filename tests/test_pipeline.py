@@ -16,7 +16,7 @@ import transformers
 from helpers import gcs_server
 from helpers.commands import command, environment, module, refused, run
 
-STAGES = ["teacher", "sft_data", "sft", "precompute", "heldout", "opd", "control", "eval", "export"]
+STAGES = ["teacher", "sft_data", "sft", "precompute", "heldout", "opd", "control", "export", "eval"]
 
 
 def outcome(workdir) -> dict:

@@ -1,7 +1,6 @@
 """A model's shape as Hugging Face's `config.json` states it, in and out, and the families."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from lopd.errors import UserError
+from lopd.machine.reading import json_kind, read_json_object
 from lopd.models.decoder_config import ROPE_FIELDS, DecoderConfig, RopeScaling
 
 CONFIG = "config.json"
@@ -30,7 +30,9 @@ class Family:
     experts: bool = False
     """Whether its models are mixtures of experts."""
     may_omit: tuple[str, ...] = ()
-    """Fields that old `config.json` files leave out, and for which Transformers has a rule."""
+    """Fields that `config.json` files leave out, and for which Transformers has a rule."""
+    head_dim: int | None = None
+    """Of a file that leaves it out; None: hidden_size / heads."""
 
 
 FAMILIES = {
@@ -38,12 +40,15 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         {"attention_bias": False, "use_sliding_window": False},
         qk_norm=True,
+        may_omit=("head_dim",),
+        head_dim=128,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"attention_bias": False, "use_sliding_window": False},
         qk_norm=True,
         experts=True,
+        may_omit=("head_dim",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -75,14 +80,12 @@ def read_json(path: epath.Path) -> dict:
     """A JSON file of a checkpoint.
 
     Raises:
-      UserError: if it is missing or is no JSON.
+      UserError: if it is missing or holds no JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: not a Hugging Face checkpoint") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def _unsupported(values: Mapping[str, Any], family: Family) -> Iterator[str]:
@@ -90,17 +93,68 @@ def _unsupported(values: Mapping[str, Any], family: Family) -> Iterator[str]:
     refused = {name: values.get(name) for name in _REFUSED}
     if family.attention_bias:  # Transformers has them whatever the file says
         del refused["attention_bias"]
-    refused["layer_types"] = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
+    kinds = values.get("layer_types") or []
+    refused["layer_types"] = [kind for kind in kinds if kind != "full_attention"][:1]
     yield from (f"{name}={value!r}" for name, value in refused.items() if value)
-    expected = {"hidden_act": "silu", "decoder_sparse_step": 1, "partial_rotary_factor": 1}
+    expected = {  # swish is Transformers' other name of silu
+        "hidden_act": ("silu", "swish"),
+        "decoder_sparse_step": (1,),
+        "partial_rotary_factor": (1,),
+    }
     for name, wanted in expected.items():
-        if (found := values.get(name)) not in (None, wanted):
+        if (found := values.get(name)) not in (None, *wanted):
             yield f"{name}={found!r}"
+
+
+_TYPES = {
+    "model_type": str,
+    "architectures": list,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "head_dim": int,
+    "num_experts": int,
+    "num_local_experts": int,
+    "layer_types": list,
+    "rope_theta": float,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+    "dtype": str,
+    "torch_dtype": str,
+}
+"""What is computed with here; the model's shape checks the rest."""
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Refuses values of another type than a `config.json` has, and heads that do not divide."""
+    for name, kind in _TYPES.items():
+        value = values.get(name)
+        allowed = (int, float) if kind is float else (kind,)
+        if value is None or (isinstance(value, allowed) and not isinstance(value, bool)):
+            continue
+        raise UserError(f"config.json: {name} is {json_kind(value)}, {value!r:.80}")
+    if not (values.get("num_attention_heads") or 1) > 0:
+        raise UserError(
+            f"config.json: num_attention_heads={values['num_attention_heads']} must be positive"
+        )
+
+
+def _check_token_ids(values: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuses end tokens that the embedding has not."""
+    stated = values.get("eos_token_id")
+    for token in stated if isinstance(stated, list) else [stated]:
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        if token is not None and not (whole and 0 <= token < vocab_size):
+            raise UserError(
+                f"config.json: eos_token_id={stated!r} is no token of a vocabulary of {vocab_size}"
+            )
 
 
 def _spelled(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """`rope_scaling` or `rope_parameters`, with the old `type` as `rope_type`, without nulls."""
     rope = {key: value for key, value in (values.get(name) or {}).items() if value is not None}
+    theta = rope.get("rope_theta", 0)
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise UserError(f"config.json: {name}.rope_theta is {json_kind(theta)}, {theta!r:.80}")
     kind = rope.pop("type", None)
     if rope and kind not in (None, rope.get("rope_type", kind)):
         raise UserError(
@@ -146,7 +200,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None]:
         if rope:
             raise UserError(f"config.json states {rope} for RoPE, but no rope_type that uses it")
         return theta, None
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"config.json asks for rope_type={kind!r}, which is not implemented")
     length = "original_max_position_embeddings"
     if length in ROPE_FIELDS[kind][0]:
@@ -156,6 +210,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None]:
         rope.setdefault(length, values["max_position_embeddings"])
     if kind == "yarn":
         scales = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+        _check_numbers({"mscale": scales[0], "mscale_all_dim": scales[1], **rope})
         if all(scales) and "factor" in rope:
             above, below = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in scales)
             rope.setdefault("attention_factor", above / below)
@@ -165,11 +220,20 @@ def _rope(values: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None]:
         raise UserError(f"config.json: rope_type={kind!r}: {error}") from error
 
 
+def _check_numbers(rope: Mapping[str, Any]) -> None:
+    """Refuses what YaRN computes with if it is no positive number."""
+    for name in ("mscale", "mscale_all_dim", "factor"):
+        value = rope.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise UserError(f"config.json: {name}={value!r:.80} must be a positive number")
+
+
 def _derived(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The fields that the file leaves out and Transformers derives."""
     heads = values["num_attention_heads"]
     rules = {
-        "head_dim": values["hidden_size"] // heads,
+        "head_dim": family.head_dim or values["hidden_size"] // heads,
         "num_key_value_heads": heads,
         "rope_theta": 10_000.0,
     }
@@ -188,6 +252,7 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
         not implemented (biases of the attention's output or the MLP, sliding window, other RoPE
         scalings, dense layers between experts, quantised weights).
     """
+    _check_types(values)
     kind, architectures = values.get("model_type"), values.get("architectures")
     family = FAMILIES.get(kind)
     if family is None or architectures not in (None, [family.architecture]):
@@ -201,9 +266,11 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     try:
         theta, scaling = _rope(values)
         values = {**values, "rope_theta": theta}
-        return _decoder_config(values | _derived(values, family), family, scaling)
+        config = _decoder_config(values | _derived(values, family), family, scaling)
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}") from error
+    _check_token_ids(values, config.vocab_size)
+    return config
 
 
 def _decoder_config(
@@ -215,6 +282,8 @@ def _decoder_config(
         raise KeyError("rope_theta")
     experts = {}
     if family.experts:
+        if not (values.get("num_local_experts") or values["num_experts"]):
+            raise KeyError("num_experts")
         experts = dict(
             num_experts=values.get("num_local_experts") or values["num_experts"],
             num_experts_per_tok=values["num_experts_per_tok"],

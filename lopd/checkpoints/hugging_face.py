@@ -30,6 +30,7 @@ from lopd.checkpoints.hf_config import CONFIG, checkpoint_config, config_to_hf, 
 from lopd.checkpoints.safetensors_file import StoredTensor
 from lopd.errors import UserError
 from lopd.machine import processes, sharding
+from lopd.machine.reading import check_file_names
 from lopd.machine.storage import check_url, is_local, write_atomically
 from lopd.models.decoder_config import DecoderConfig
 from lopd.models.parameters import HEAD_NAME, Params, parameters
@@ -125,27 +126,38 @@ def resolve_checkpoint(name_or_path: str) -> epath.Path:
     return epath.Path(folder)
 
 
-def _weight_files(path: epath.Path) -> list[epath.Path]:
-    """The safetensors files of a checkpoint, from its index where it has one."""
-    if (path / WEIGHTS).exists():
-        return [path / WEIGHTS]
-    if not (path / INDEX).exists():
-        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}: no weights to read")
-    names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
-    missing = [name for name in names if not (path / name).exists()]
+def _index(path: epath.Path) -> dict[str, str]:
+    """Tensor → file, as the index of a checkpoint says.
+
+    Raises:
+      UserError: if it says anything else, or names a file that is not there or not in the folder.
+    """
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path / INDEX}: weight_map must be an object, tensor to file")
+    check_file_names(weight_map.values(), str(path / INDEX))
+    missing = [name for name in sorted({*weight_map.values()}) if not (path / name).exists()]
     if missing:
         raise UserError(f"{path / INDEX} names {', '.join(missing)}, which is not there")
-    return [path / name for name in names]
+    return weight_map
 
 
 def _stored_tensors(path: epath.Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint's files, by name; reads headers only."""
-    stored = {}
-    for file in _weight_files(path):
-        for name, tensor in safetensors_file.read_header(file).items():
+    if (path / WEIGHTS).exists():
+        return safetensors_file.read_header(path / WEIGHTS)
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}: no weights to read")
+    stored: dict[str, StoredTensor] = {}
+    weight_map = _index(path)
+    for file in sorted({*weight_map.values()}):
+        for name, tensor in safetensors_file.read_header(path / file).items():
             if name in stored:
-                raise UserError(f"{name} is in both {stored[name].path.name} and {file}")
+                raise UserError(f"{name} is in both {stored[name].path.name} and {path / file}")
             stored[name] = tensor
+    for name, file in weight_map.items():
+        if name not in stored or stored[name].path.name != file:
+            raise UserError(f"{path / INDEX} says that {name} is in {file}, which lacks it")
     return stored
 
 
@@ -172,6 +184,42 @@ def _check_tensors(
                 f"{path}: {name} has shape {list(stored[name].shape)}, its config.json says "
                 f"{list(place.shape)}"
             )
+
+
+def _checked(
+    path: epath.Path,
+) -> tuple[DecoderConfig, dict[str, _Place], dict[str, StoredTensor], StoredTensor | None]:
+    """A checkpoint's shape, where its tensors go, and they; the head of a tied model apart."""
+    config, stored = checkpoint_config(path), _stored_tensors(path)
+    if config.num_hidden_layers * max(1, config.num_experts) > len(stored):
+        raise UserError(
+            f"{path} holds {len(stored)} tensors, too few for the {config.num_hidden_layers} "
+            "layers of its config.json"
+        )
+    places = _places(config)
+    # Some files of tied models repeat the embedding as the head.
+    repeated_head = stored.pop(HEAD_NAME, None) if config.tie_word_embeddings else None
+    _check_tensors(path, places, stored)
+    return config, places, stored, repeated_head
+
+
+def check_checkpoint(path: epath.PathLike, model: DecoderConfig, what: str) -> None:
+    """Refuses a checkpoint that cannot be read as `model`; reads headers only.
+
+    Raises:
+      UserError: as `load_checkpoint`, for all that it can be refused for without its values; or if
+        parameters have other shapes than in `model`, which is `what` in the message.
+    """
+    config = _checked(epath.Path(path))[0]
+    found, wanted = (
+        {key: (x.num_hidden_layers * row.stacked, row.shape) for key, row in parameters(x).items()}
+        for x in (config, model)
+    )
+    if found != wanted:
+        fields = [f.name for f in dataclasses.fields(model) if f.name != "dtype"]
+        differ = [(n, getattr(config, n), getattr(model, n)) for n in fields]
+        said = ", ".join(f"{n}={a}, not {b}" for n, a, b in differ if a != b)
+        raise UserError(f"{path} has another shape than {what}: {said}")
 
 
 def _put(tensor: StoredTensor, sharding: NamedSharding) -> jax.Array:
@@ -225,14 +273,8 @@ def load_checkpoint(
       UserError: if the config is refused (`config_from_hf`), if the shape does not divide over
         the mesh, or if a tensor is missing, unknown, there twice, misshapen or cut short.
     """
-    path = epath.Path(path)
-    config = checkpoint_config(path)
+    config, places, stored, repeated_head = _checked(epath.Path(path))
     check_divisible(config, mesh, str(path))
-    places, stored = _places(config), _stored_tensors(path)
-    # Some files of tied models repeat the embedding as the head.
-    repeated_head = stored.pop(HEAD_NAME, None) if config.tie_word_embeddings else None
-    _check_tensors(path, places, stored)
-
     file_shardings = _file_shardings(config, mesh)
     params = {
         param: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)

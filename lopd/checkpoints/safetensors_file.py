@@ -13,7 +13,8 @@ import safetensors.numpy
 from etils import epath
 
 from lopd.errors import UserError
-from lopd.machine.storage import whole_file
+from lopd.machine.reading import check_regular
+from lopd.machine.storage import reason, whole_file
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -59,20 +60,23 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
       UserError: if the file is cut short or is not safetensors, or holds a type that is not in
         DTYPES.
     """
+    check_regular(path)
     try:
         with safetensors.safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             types = {name: part.get_dtype() for name, part in slices.items()}
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{path} is cut short, damaged or not a safetensors file ({error}); download it again"
         ) from error
     for name, found in types.items():
         if found not in DTYPES:
+            why = "convert it to F32" if found == "F64" else "quantised weights cannot"
             raise UserError(
-                f"{path}: {name} is stored as {found}; only {', '.join(DTYPES)} can be read (no "
-                "quantised weights)"
+                f"{path}: {name} is stored as {found}; only {', '.join(DTYPES)} can be read ({why})"
             )
     return {name: StoredTensor(path, name, shapes[name], DTYPES[types[name]]) for name in shapes}
 

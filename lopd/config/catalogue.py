@@ -167,8 +167,8 @@ CATALOGUE = (
         trains=STUDENT,
         learns_from="sft_data",
     ),
-    StageInfo("eval", "grades every model"),
     StageInfo("export", "the student as a Hugging Face checkpoint", needs=always("opd")),
+    StageInfo("eval", "grades every model"),
 )
 """All stages, in the order in which they run."""
 

@@ -12,12 +12,19 @@ class Domain:
 
     text: str
     condition: Callable[[Any], bool]
+    below: int = 2**31
+    """Whole numbers are less: what is counted becomes int32 on the devices."""
 
-    def holds(self, value: Any) -> bool:
-        """Whether the value lies in the domain; a number that is not finite lies in none."""
+    def complaint(self, value: Any) -> str:
+        """What a value must be that it is not, and "" if it lies in the domain.
+
+        A number that is not finite lies in none.
+        """
         if isinstance(value, float) and not math.isfinite(value):
-            return False
-        return bool(self.condition(value))
+            return self.text
+        if isinstance(value, int) and value >= self.below:
+            return f"be below {self.below}"
+        return "" if self.condition(value) else self.text
 
 
 FINITE = Domain("be a finite number", lambda x: True)
@@ -42,6 +49,19 @@ def at_least(least: int) -> Domain:
 def one_of(*values: str) -> Domain:
     """A choice of names."""
     return Domain(f"be one of {', '.join(values)}", lambda x: x in values)
+
+
+def path_setting(separator: str = "") -> Any:
+    """A dataclass field for the name of a file, folder or checkpoint; unset by default.
+
+    A leading ~ in it becomes the home directory, in each of several names if a `separator` may
+    divide them.
+    """
+    metadata: dict[str, Any] = {"separator": separator}
+    if separator:
+        named = lambda x: all(name.strip() for name in x.split(separator))  # noqa: E731
+        metadata["domain"] = Domain(f"have a name on each side of every {separator!r}", named)
+    return dataclasses.field(default=None, metadata=metadata)
 
 
 def setting(default: Any, domain: Domain | None = None) -> Any:

@@ -16,7 +16,7 @@ def paper_config() -> ml_collections.ConfigDict:
     the base students were trained for.
     """
     config = base_config()
-    config.stages = ("sft_data", "sft", "precompute", "heldout", "opd", "eval", "export")
+    config.stages = ("sft_data", "sft", "precompute", "heldout", "opd", "export", "eval")
     config.dtype = "bfloat16"
     config.mesh.update(data=1, fsdp=-1)  # weights over all devices
     config.task.name = "math"

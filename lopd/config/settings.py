@@ -25,6 +25,7 @@ from lopd.config.domains import (
     Domain,
     at_least,
     one_of,
+    path_setting,
     setting,
 )
 from lopd.config.objectives import LOSSES
@@ -97,11 +98,11 @@ class TaskSettings:
     """Or "math" (`lopd.tasks.make_task`)."""
     digits: int = setting(3, POSITIVE)
     """Of the numbers that "addition" adds."""
-    sft_prompts: str | None = None
+    sft_prompts: str | None = path_setting()
     """Of "math": a source of prompts (`lopd.data.sources`)."""
-    opd_prompts: str | None = None
+    opd_prompts: str | None = path_setting()
     """The same for `precompute`, `heldout` and `online`."""
-    problems: str | None = None
+    problems: str | None = path_setting(",")
     """With answers, for evaluation; several sources are separated by commas."""
     prompt: str = setting(
         MATH_PROMPT, Domain("have {problem}, to put the problem in", lambda x: "{problem}" in x)
@@ -115,7 +116,7 @@ class TaskSettings:
 class TeacherSettings(TrainingRecipe):
     """The teacher: a checkpoint, or (tiny runs) one that is trained on worked answers."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = path_setting()
     """Instead of training one: a finished `teacher` directory, or a Hugging Face checkpoint
     (folder or hub name)."""
     model: Mapping[str, Any] = setting({})
@@ -132,7 +133,7 @@ class TeacherSettings(TrainingRecipe):
 class StudentSettings:
     """The base student."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = path_setting()
     """A Hugging Face checkpoint; None: random weights."""
     model: Mapping[str, Any] = setting({})
     """Its shape; empty: that of the checkpoint."""
@@ -150,10 +151,10 @@ class SftDataSettings(SamplingSettings):
 class SftSettings(TrainingRecipe):
     """Fine-tuning of the base student."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = path_setting()
     """Instead of training one: a finished `sft` directory, or a Hugging Face checkpoint, and then
     `teacher` says who wrote its data."""
-    teacher: str | None = None
+    teacher: str | None = path_setting()
     """Who wrote the SFT data, where this run cannot know: the name in `teacher.checkpoint`, or
     any other."""
     router_loss: bool = True
@@ -189,7 +190,7 @@ class HeldoutSettings(SamplingSettings):
 class OpdSettings(TrainingRecipe):
     """On-policy distillation on the cache, or online: what is minimised, on which tokens."""
 
-    cache: str | None = None
+    cache: str | None = path_setting()
     """A finished `precompute` directory to use instead of this run's."""
     records: int | None = setting(None, POSITIVE)
     """Train on this many records, the first of the cache; None: all."""
@@ -308,11 +309,11 @@ class RuntimeSettings:
 class Settings:
     """All settings of a run."""
 
-    seed: int = setting(0, Domain("lie in [0, 2^63)", lambda x: 0 <= x < 2**63))
+    seed: int = setting(0, Domain("lie in [0, 2^63)", lambda x: x >= 0, below=2**63))
     """Every random choice of a run follows from it."""
     stages: tuple[str, ...] = ()
     """What runs when --stages is not given."""
-    tokenizer: str | None = None
+    tokenizer: str | None = path_setting()
     """A bundled name, a SentencePiece model, or a folder with a tokenizer.json; None: that of
     student.checkpoint."""
     dtype: str | None = setting(None, one_of("float32", "bfloat16"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ def _checked(value: Any, annotation: Any, metadata: Mapping, name: str) -> Any:
     Ints and lists become floats and tuples, and an empty text becomes None where that may be.
     """
     may_be_unset = _fits(None, annotation)
-    if value == "" and may_be_unset:
+    if isinstance(value, str) and not value.strip() and may_be_unset:
         value = None
     if value is None:
         if not may_be_unset:
@@ -104,7 +105,11 @@ def _checked(value: Any, annotation: Any, metadata: Mapping, name: str) -> Any:
         )
         raise UserError(f"{name}={value!r} must be of type {wanted}")
     domain: Domain | None = metadata.get("domain")
-    if domain and not domain.holds(value):
+    if domain and (wanted := domain.complaint(value)):
         off = ", or None" if may_be_unset else ""
-        raise UserError(f"{name}={value!r} must {domain.text}{off}")
+        raise UserError(f"{name}={value!r} must {wanted}{off}")
+    if "separator" in metadata:
+        separator = metadata["separator"]
+        parts = value.split(separator) if separator else [value]
+        value = separator.join(os.path.expanduser(part) for part in parts)
     return value

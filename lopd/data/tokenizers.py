@@ -23,6 +23,8 @@ import sentencepiece
 from etils import epath
 
 from lopd.errors import UserError
+from lopd.machine.limits import limited
+from lopd.machine.reading import check_regular, read_json_object
 from lopd.machine.storage import check_url
 
 _BUNDLED = {"tiny": epath.resource_path("lopd") / "data" / "tiny_tokenizer" / "tiny.model"}
@@ -37,6 +39,15 @@ _READ_BY_TRANSFORMERS = (
 _MODEL = "tokenizer.model"
 _OF_OTHER_PROGRAMS = (_MODEL, "vocab.json", "merges.txt")
 """The same tokenizer once more, as some checkpoints have it for programs other than these."""
+# Far beyond any prompt: what a template may take that loops, or grows, without end.
+_TEMPLATE_SECONDS = 10.0
+_TEMPLATE_BYTES = 2 << 30
+_TEMPLATE_CHARACTERS = 1 << 24
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _digest(text: str) -> str:
@@ -56,6 +67,8 @@ class Tokenizer(abc.ABC):
     tokens: Sequence[str]
     end_ids: tuple[int, ...]
     files: Mapping[str, bytes]
+    turn_end: int | None = None
+    """The token that the chat template puts behind an assistant's turn; None without one."""
 
     @property
     def vocab_size(self) -> int:
@@ -91,8 +104,8 @@ class Tokenizer(abc.ABC):
         """Ids of a text, with nothing added in front or behind."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens, and ids without a token, give nothing."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids; ids without a token, and special tokens unless asked for, give nothing."""
 
     @abc.abstractmethod
     def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool) -> list[int]:
@@ -143,7 +156,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        if special:
+            return "".join(self.tokens[i] for i in ids)
         return self._processor.decode([int(i) for i in ids])
 
     def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool) -> list[int]:
@@ -172,12 +187,12 @@ class HuggingFaceTokenizer(Tokenizer):
             for name in (*_READ_BY_TRANSFORMERS, *_OF_OTHER_PROGRAMS)
             if (folder / name).is_file()
         }
-        self._tokenizer = self._read()
+        self._tokenizer, ids = self._read()
         self._special = frozenset(self._tokenizer.all_special_ids)
-        ids = self._tokenizer.get_vocab()
         self.tokens = [""] * (max(ids.values()) + 1)
         for token, i in ids.items():
             self.tokens[i] = token
+        self.turn_end = self._find_turn_end()
         self.end_ids = self._find_end_ids(folder / "generation_config.json")
 
     def _read(self):
@@ -191,43 +206,65 @@ class HuggingFaceTokenizer(Tokenizer):
                 (epath.Path(copy) / name).write_bytes(self.files[name])
             try:
                 # This class takes tokenizer.json as it is; the per-model ones rebuild parts.
-                return PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)
+                read = PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)
+                ids = read.get_vocab()
+                if not ids:
+                    raise ValueError("it has no tokens")
+                return read, ids
             except Exception as error:  # the Rust reader raises plain Exception
                 raise UserError(
-                    f"{self._where}: Transformers cannot read its {_JSON} ({error})"
+                    f"{self._where}: Transformers cannot read its {_JSON} ({_line(error)})"
                 ) from error
 
+    def _find_turn_end(self) -> int | None:
+        if not self._tokenizer.chat_template:
+            return None
+        answer = "lopd-answer"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text = self._apply_template(turns, add_generation_prompt=False)
+        behind = self.encode(text.rpartition(answer)[2])[:1]
+        return next((i for i in behind if i in self._special), None)
+
     def _find_end_ids(self, generation_config: epath.Path) -> tuple[int, ...]:
-        found = []
-        if self._tokenizer.chat_template:
-            answer = "lopd-answer"
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-            text = self._apply_template(turns, add_generation_prompt=False)
-            found = [i for i in self.encode(text.rpartition(answer)[2])[:1] if i in self._special]
-        stated = self._tokenizer.eos_token_id
+        stated, where = self._tokenizer.eos_token_id, self._where
+        check_regular(generation_config)
         if generation_config.is_file():
-            try:
-                stated = json.loads(generation_config.read_text()).get("eos_token_id", stated)
-            except ValueError as error:
-                raise UserError(f"{generation_config}: not JSON ({error})") from error
-        found += stated if isinstance(stated, list) else [stated]
-        found = [i for i in dict.fromkeys(found) if i is not None]
+            named = read_json_object(generation_config)
+            if "eos_token_id" in named:
+                stated, where = named["eos_token_id"], str(generation_config)
+        found = [self.turn_end, *(stated if isinstance(stated, list) else [stated])]
+        found = [i for i in found if i is not None]
+        for i in found:
+            whole = isinstance(i, int) and not isinstance(i, bool)
+            if not (whole and 0 <= i < len(self.tokens) and self.tokens[i]):
+                raise UserError(
+                    f"{where}: eos_token_id={stated!r:.80} is no token of {self._where}"
+                )
         if not found:
             raise UserError(
                 f"{self._where}: names no end token; add generation_config.json with eos_token_id"
             )
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]], **settings) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
-        except (TemplateError, TypeError, ValueError) as error:
+            with limited(_TEMPLATE_SECONDS, _TEMPLATE_BYTES):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, **settings
+                )
+        except MemoryError as error:
+            raise UserError(f"{self._where}: the chat template grows without end") from error
+        except Exception as error:  # a template may raise anything
             raise UserError(
                 f"{self._where}: the chat template refuses a conversation of "
-                f"{len(messages)} messages ({error})"
+                f"{len(messages)} messages ({_line(error)})"
             ) from error
+        if not isinstance(text, str) or len(text) > _TEMPLATE_CHARACTERS:
+            raise UserError(
+                f"{self._where}: the chat template writes more than {_TEMPLATE_CHARACTERS:,} "
+                f"characters for a conversation of {len(messages)} messages"
+            )
+        return text
 
     @property
     def template_fingerprint(self) -> str:
@@ -237,9 +274,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return self._tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [int(i) for i in ids],
+            skip_special_tokens=not special,
+            clean_up_tokenization_spaces=False,
         )
 
     def render(self, messages: Sequence[Mapping[str, str]], *, thinking: bool) -> list[int]:
@@ -262,6 +301,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
       UserError: if nothing is there, or it cannot be read.
     """
     check_url(name_or_path)
+    check_regular(_BUNDLED.get(name_or_path, name_or_path))
     path = epath.Path(_BUNDLED.get(name_or_path, name_or_path))
     if (path / _JSON).is_file():
         return HuggingFaceTokenizer(path)
@@ -270,6 +310,11 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if path.is_dir():
         raise UserError(f"tokenizer={path}: the folder holds neither {_JSON} nor {_MODEL}")
     return SentencePieceTokenizer(path)
+
+
+def has_tokenizer(folder: epath.PathLike) -> bool:
+    """Whether a folder holds a tokenizer that `load_tokenizer` would read."""
+    return any((epath.Path(folder) / name).is_file() for name in (_JSON, _MODEL))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:

@@ -21,8 +21,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     shape = [sizes[axis] for axis in AXES]
     try:
         devices = jax.devices() if devices is None else devices
-    except RuntimeError as error:  # of a platform that is not there
-        reason = " ".join(str(error).split())
+    except (RuntimeError, AssertionError) as error:  # of a platform that is not there
+        reason = " ".join(str(error).split()) or "no plugin for it is installed"
         raise UserError(f"JAX finds no devices ({reason}): check JAX_PLATFORMS") from error
     count = len(devices)
     wildcards = shape.count(-1)

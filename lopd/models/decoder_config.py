@@ -1,7 +1,7 @@
 """The shape and numerics of a decoder, with the field names of Hugging Face's `config.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -45,7 +45,7 @@ class RopeScaling:
     """Whether the range of changed dimensions is rounded to whole ones; true by default."""
 
     def __post_init__(self):
-        if self.rope_type not in ROPE_FIELDS:
+        if not isinstance(self.rope_type, str) or self.rope_type not in ROPE_FIELDS:
             raise UserError(
                 f"model: rope_type={self.rope_type!r} is not implemented; there are "
                 f"{', '.join(ROPE_FIELDS)}, and no rope_scaling for none"
@@ -60,8 +60,12 @@ class RopeScaling:
             value = getattr(self, name)
             if name not in ("rope_type", "factor", *needed, *optional):
                 raise UserError(f"model: rope_type={self.rope_type} does not use {name}={value!r}")
+            if name == "truncate" and not isinstance(value, bool):
+                raise UserError(f"model: rope_scaling.truncate={value!r} must be true or false")
             if name not in ("rope_type", "truncate") and (
-                isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value < 2**31
             ):
                 raise UserError(f"model: rope_scaling.{name}={value!r} must be a positive number")
         if self.factor < 1:
@@ -126,13 +130,8 @@ class DecoderConfig:
         scaling = self.rope_scaling
         if scaling is not None and not isinstance(scaling, RopeScaling):
             object.__setattr__(self, "rope_scaling", _rope_scaling(scaling))
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UserError(f"model: {name}={getattr(self, name)} must be positive")
-        if not self.initializer_range >= 0:
-            raise UserError(
-                f"model: initializer_range={self.initializer_range} must not be negative"
-            )
+        for field in dataclasses.fields(self):
+            _check_value(field.name, field.type, getattr(self, field.name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -159,10 +158,31 @@ _POSITIVE = (
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
     *("rope_theta", "rms_norm_eps"),
 )
+_DTYPES = ("float32", "bfloat16")
 
 
-def _rope_scaling(values: Mapping) -> RopeScaling | None:
+def _check_value(name: str, kind: Any, value: Any) -> None:
+    """Refuses a value of a field that is of another type, or outside what the field may be."""
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+    if kind not in wanted:
+        return
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"model: {name}={value!r} must be {wanted[kind]}")
+    if name == "dtype" and value not in _DTYPES:
+        raise UserError(f"model: dtype={value!r} must be one of {', '.join(_DTYPES)}")
+    if kind in (int, float) and not -(2**31) < value < 2**31:  # nor NaN
+        raise UserError(f"model: {name}={value} must be a finite number below 2^31")
+    if name in _POSITIVE and value <= 0:
+        raise UserError(f"model: {name}={value} must be positive")
+    if kind in (int, float) and value < 0:
+        raise UserError(f"model: {name}={value} must not be negative")
+
+
+def _rope_scaling(values: Any) -> RopeScaling | None:
     """From a mapping (an empty one says nothing is scaled)."""
+    if not hasattr(values, "keys"):
+        raise UserError(f"model: rope_scaling={values!r} must be a mapping, with a rope_type")
     try:
         return RopeScaling(**values) if len(values) else None
     except TypeError as error:

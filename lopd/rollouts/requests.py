@@ -60,6 +60,12 @@ class Prompts:
             encoded.append(np.asarray(tokens, np.int32))
         return PromptSet(problems, encoded)
 
+    def read(self, count: int) -> list[Problem]:
+        """The first `count` problems of each set that has been made so far."""
+        made = [self.__dict__.get(name) for name in ("sft", "opd", "heldout")]
+        made += self.__dict__.get("tests", {}).values()
+        return [problem for one in made if one for problem in one.problems[:count]]
+
     @functools.cached_property
     def sft(self) -> PromptSet:
         """The prompts that the teacher answers for SFT."""

@@ -39,18 +39,22 @@ def _shapes() -> dict[str, str]:
 
 def settings(run: Run) -> dict:
     """The settings that accuracies depend on."""
-    settings = identity.stage_settings(run, "eval", "task", "prompt_length", "dtype")
+    settings = identity.stage_settings(run, "eval", "prompt_length", "dtype")
+    settings |= identity.task_settings(run, "problems") | identity.sampling_settings(run)
     return settings | identity.model_settings(run, STUDENT)
+
+
+def reads(run: Run) -> list[str]:
+    """The stages whose models it evaluates: the chosen ones, or those that are there."""
+    chosen = run.settings.eval.models
+    names = [name for name in _shapes() if name != BASE]
+    return [name for name in names if (run.exists(name) if chosen is None else name in chosen)]
 
 
 def inputs(run: Run) -> dict:
     """The models to evaluate. A base student is known by its checkpoint, or seed and shape."""
     chosen = run.settings.eval.models
-    found = {
-        name: run.input(name).outputs["fingerprint"]
-        for name in _shapes()
-        if name != BASE and (run.exists(name) if chosen is None else name in chosen)
-    }
+    found = {name: run.input(name).outputs["fingerprint"] for name in reads(run)}
     checkpoint = run.settings.student.checkpoint
     base_is_known = checkpoint or not isinstance(run.origin("sft"), Adopted)
     if base_is_known if chosen is None else BASE in chosen:
@@ -200,4 +204,4 @@ def evaluate(run: Run, artefact: Artefact) -> dict:
     return {"models": list(results)}
 
 
-stage = Stage(settings, inputs, evaluate, check=check, read_prompts=prompts)
+stage = Stage(settings, inputs, evaluate, check=check, read_prompts=prompts, reads=reads)

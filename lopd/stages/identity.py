@@ -7,10 +7,18 @@ from lopd.stages.run import Run
 
 _PATHS = ("checkpoint", "cache", "teacher")
 """Settings that name artefacts: what those hold is compared by fingerprint instead."""
+_SOURCES = ("sft_prompts", "opd_prompts", "problems")
+"""Where a task's prompts are from. A stage depends on those only that it reads."""
 
 
 def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def task_settings(run: Run, *sources: str) -> dict:
+    """What is learnt, as part of a stage's settings, with the `sources` that the stage reads."""
+    task = _plain(run.settings.task)
+    return {"task": {k: v for k, v in task.items() if k not in _SOURCES or k in sources}}
 
 
 def stage_settings(run: Run, section: str, *shared: str) -> dict:
@@ -23,6 +31,11 @@ def stage_settings(run: Run, section: str, *shared: str) -> dict:
         section: {key: value for key, value in own.items() if key not in _PATHS},
         **{key: _plain(getattr(run.settings, key)) for key in shared},
     }
+
+
+def sampling_settings(run: Run) -> dict:
+    """Where responses end, as part of the settings of a stage that samples."""
+    return {"end_ids": list(run.end_ids)}
 
 
 def model_settings(run: Run, which: str) -> dict:

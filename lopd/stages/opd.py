@@ -58,10 +58,15 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     """What the settings ask of the tokenizer and of caches, made or to be made by `stages`.
 
     Raises:
-      UserError: if a masked token is unknown, or a cache holds too few of the top-K.
+      UserError: if a masked token is unknown, or a cache holds too few responses or too few of
+        the top-K.
     """
     recipe, to_be_made = run.settings.opd, run.settings.precompute.teacher_top_k or 0
     token_selection(recipe, run.tokenizer)
+    if recipe.records is not None:
+        held = _responses(run, stages)
+        if held is not None and recipe.records > held:
+            raise UserError(f"opd.records={recipe.records}: the cache holds {held} responses")
     if not needs_top_k(recipe):
         return
     stored, where = to_be_made, "the cache to be made"
@@ -80,6 +85,15 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
             f"{recipe.objective!r} uses {used}: set opd.top_k={held}, or make them with "
             f"precompute.teacher_top_k={used}"
         )
+
+
+def _responses(run: Run, stages: tuple[str, ...]) -> int | None:
+    """How many responses the cache has, or will have; None if it is neither there nor made."""
+    if run.exists("precompute"):
+        return run.input("precompute").outputs.get("responses")
+    if "precompute" not in stages:
+        return None
+    return len(run.prompts.opd.problems) * run.settings.precompute.samples
 
 
 def record_source(run: Run, cache: Records) -> tuple[Sequence[dict], Callable[[dict], dict] | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -55,8 +56,30 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
+        return load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The file or folder, or the bundled name, that the run's tokenizer is read from."""
         source = self.tokenizer_source
-        return load_tokenizer(source if self.settings.tokenizer else self._student_folder)
+        return source if self.settings.tokenizer else str(self._student_folder)
+
+    @functools.cached_property
+    def teacher_tokenizer(self) -> Tokenizer | None:
+        """That of a teacher that is a checkpoint; None for one that this run has trained."""
+        origin = self.origin(TEACHER)
+        return load_tokenizer(str(origin.folder)) if isinstance(origin, Adopted) else None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens at which sampling stops, the canonical one first.
+
+        Those of the run's tokenizer, and those by which the teacher ends: it answers first, and the
+        student learns its ends. A base checkpoint may name `<|endoftext|>` alone where its teacher
+        ends with `<|im_end|>`.
+        """
+        ends = (one.end_ids for one in (self.tokenizer, self.teacher_tokenizer) if one)
+        return tuple(dict.fromkeys(itertools.chain(*ends)))
 
     @functools.cached_property
     def task(self) -> Task:

@@ -18,7 +18,7 @@ from lopd.models import decoder
 from lopd.rollouts.passes import Job, SamplerPlan, Scorer, sample_and_score
 from lopd.rollouts.requests import requests_of
 from lopd.sampling.engine import Request
-from lopd.stages.identity import stage_settings
+from lopd.stages.identity import sampling_settings, stage_settings, task_settings
 from lopd.stages.origins import Given
 from lopd.stages.run import Run
 from lopd.stages.weights import load_params, resident_dtype
@@ -31,12 +31,14 @@ def cache_settings(run: Run) -> dict:
     shared = {}
     if run.settings.precompute.prompts is None:  # all but the held-out ones
         shared = {"heldout_prompts": run.settings.heldout.prompts}
-    return stage_settings(run, "precompute", "task", "prompt_length", "dtype") | shared
+    own = stage_settings(run, "precompute", "prompt_length", "dtype")
+    return own | task_settings(run, "opd_prompts") | sampling_settings(run) | shared
 
 
 def heldout_settings(run: Run) -> dict:
     """The settings that the held-out rollouts depend on."""
-    own = stage_settings(run, "heldout", "task", "prompt_length", "dtype")
+    own = stage_settings(run, "heldout", "prompt_length", "dtype")
+    own |= task_settings(run, "opd_prompts") | sampling_settings(run)
     trained = run.settings.precompute
     return own | {"precompute_prompts": trained.prompts, "teacher_top_k": trained.teacher_top_k}
 
@@ -98,7 +100,7 @@ def sampler_plan(run: Run, which: str, section: SamplingSettings, purpose: str) 
         model=run.model(which),
         section=section,
         seed=run.seed(purpose),
-        end_ids=run.tokenizer.end_ids,
+        end_ids=run.end_ids,
         prompt_length=run.settings.prompt_length,
         runtime=run.settings.runtime,
         mesh=run.mesh,

@@ -14,7 +14,12 @@ from lopd.machine import processes
 from lopd.rollouts import stream
 from lopd.rollouts.requests import PromptSet
 from lopd.sampling.engine import Request, Response
-from lopd.stages.identity import declared_teacher, stage_settings
+from lopd.stages.identity import (
+    declared_teacher,
+    sampling_settings,
+    stage_settings,
+    task_settings,
+)
 from lopd.stages.run import Run
 from lopd.stages.scored import sampler_plan
 from lopd.stages.stage import Stage
@@ -28,7 +33,8 @@ def _given(run: Run) -> bool:
 
 def settings(run: Run) -> dict:
     """The settings that the data depends on."""
-    return stage_settings(run, "sft_data", "task", "prompt_length", "dtype")
+    own = stage_settings(run, "sft_data", "prompt_length", "dtype")
+    return own | task_settings(run, "sft_prompts") | sampling_settings(run)
 
 
 def inputs(run: Run) -> dict:

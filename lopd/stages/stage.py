@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lopd.artefacts.artefact import Artefact
@@ -28,6 +28,8 @@ class Stage:
     """Given the stages of the run, refuses (UserError) what would fail only after long work."""
     read_prompts: Callable[[Run], Any] = _nothing
     """Reads the prompts that it will ask for, so that a bad source shows before any work."""
+    reads: Callable[[Run], Iterable[str]] = lambda run: ()
+    """The stages whose artefacts it reads beside those that the catalogue names."""
 
 
 def load_stage(name: str) -> Stage:

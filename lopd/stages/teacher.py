@@ -13,7 +13,7 @@ from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 from lopd.objectives.sampled import cross_entropy
 from lopd.stages import training
-from lopd.stages.identity import stage_settings
+from lopd.stages.identity import stage_settings, task_settings
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
 from lopd.stages.weights import base_params
@@ -54,7 +54,7 @@ def _worked_answers(run: Run) -> WorkedAnswers:
 
 def settings(run: Run) -> dict:
     """The settings that the trained teacher depends on."""
-    return stage_settings(run, "teacher", "task", "dtype")
+    return stage_settings(run, "teacher", "dtype") | task_settings(run)
 
 
 def inputs(run: Run) -> dict:
