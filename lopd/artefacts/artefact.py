@@ -20,6 +20,7 @@ from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.lock import LOCK
 from lopd.machine.progress import bar
+from lopd.machine.reading import check_regular
 from lopd.machine.storage import (
     absolute,
     file_sha256,
@@ -91,10 +92,11 @@ class Artefact:
         if not path.exists():
             return None
         way_out = f"restore it, or delete {self.path}"
+        check_regular(path)
         try:
             text = path.read_bytes().decode()
             entries = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); {way_out}") from error
         version = entries.get("format_version") if isinstance(entries, dict) else None
         if version != FORMAT_VERSION:

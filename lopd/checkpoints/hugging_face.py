@@ -200,6 +200,11 @@ def _checked(
     # Some files of tied models repeat the embedding as the head.
     repeated_head = stored.pop(HEAD_NAME, None) if config.tie_word_embeddings else None
     _check_tensors(path, places, stored)
+    if repeated_head and repeated_head.shape != (config.vocab_size, config.hidden_size):
+        raise UserError(
+            f"{path}: {HEAD_NAME} has another shape than the embedding, but its config.json says "
+            "tie_word_embeddings; one of them is wrong"
+        )
     return config, places, stored, repeated_head
 
 
@@ -298,8 +303,7 @@ def load_checkpoint(
 
 def _check_repeated_head(path: epath.Path, embed: jax.Array, head: StoredTensor) -> None:
     """Refuses a head that is not the embedding, in a model that says they are tied."""
-    same = head.shape == embed.shape and bool(_all_equal(embed, _put(head, embed.sharding)))
-    if not same:
+    if not bool(_all_equal(embed, _put(head, embed.sharding))):
         raise UserError(
             f"{path}: {HEAD_NAME} differs from the embedding, but its config.json says "
             "tie_word_embeddings; one of them is wrong"

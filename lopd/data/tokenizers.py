@@ -301,8 +301,9 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
       UserError: if nothing is there, or it cannot be read.
     """
     check_url(name_or_path)
-    check_regular(_BUNDLED.get(name_or_path, name_or_path))
     path = epath.Path(_BUNDLED.get(name_or_path, name_or_path))
+    for file in (path, *(path / name for name in (*_HUGGING_FACE_FILES, _MODEL))):
+        check_regular(file)
     if (path / _JSON).is_file():
         return HuggingFaceTokenizer(path)
     if (path / _MODEL).is_file():
