@@ -36,6 +36,17 @@ class _PathParser(flags.ArgumentParser):
         return os.path.expanduser(argument)
 
 
+def path_argument(text: str) -> str:
+    """A path on the command line of a command without absl's flags.
+
+    Raises:
+      UserError: if it is empty, which would be the current folder.
+    """
+    if not text.strip():
+        raise UserError("a path is empty: give the name of a file or folder")
+    return os.path.expanduser(text)
+
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
 WORKDIR = flags.DEFINE(
     _PathParser(), "workdir", None, "Where artefacts go.", serializer=flags.ArgumentSerializer()

@@ -3,6 +3,7 @@
 import jax
 
 from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.cache.reader import check_cache, check_whole
 from lopd.checkpoints.hugging_face import check_checkpoint
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, stage_info
 from lopd.config.checks import check_settings as check_settings_alone
@@ -17,6 +18,7 @@ from lopd.stages.objective import check_objective
 from lopd.stages.origins import Adopted, Given, Made
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage, load_stage
+from lopd.stages.weights import check_shape
 
 _EXAMPLES = 8
 """Problems of each set that the checkpoints' templates are compared on."""
@@ -95,7 +97,12 @@ def _check_made(run: Run, name: str, wanted: bool) -> None:
     """Refuses an artefact that is there and was made from other settings, and bad prompts."""
     origin = run.origin(name)
     if isinstance(origin, Given):
-        open_complete(origin.path, f"the {name} artefact given in the settings")
+        given = open_complete(origin.path, f"the {name} artefact given in the settings")
+        if stage_info(name).trains:
+            check_shape(run, name)
+        else:
+            check_cache(given)
+            check_whole(given)
     elif wanted or isinstance(origin, Adopted):
         stage = stage_of(run, name)
         artefact = Artefact(run.home(name) if isinstance(origin, Adopted) else run.place(name))
@@ -140,6 +147,14 @@ def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
         for needed in () if made_elsewhere else stage_info(name).needs(run.settings):
             if needed not in stages and not isinstance(run.origin(needed), Given | Adopted):
                 run.input(needed)
+        # What is there already fits now or never.
+        needs = stage_info(name).needs(run.settings)
+        if needs and all(run.exists(n) and (_is_given(run, n) or n not in stages) for n in needs):
+            load_stage(name).inputs(run)
+
+
+def _is_given(run: Run, name: str) -> bool:
+    return isinstance(run.origin(name), Given)
 
 
 def _check_checkpoints(run: Run, stages: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -18,7 +19,7 @@ from etils import epath
 
 from lopd.artefacts import artefact as artefact_module
 from lopd.artefacts.artefact import Artefact, open_complete
-from lopd.cache import parquet, reader, summary, totals, writer
+from lopd.cache import merge, parquet, reader, summary, totals, writer
 from lopd.cache.__main__ import main
 from lopd.cache.codec import shard_name
 from lopd.cache.fields import (
@@ -207,7 +208,9 @@ def test_a_workers_part_is_verified_before_it_is_merged(tmp_path, monkeypatch, c
     part.begin("precompute", {}, {})
     part.manifest.worker = (1, 3)
     for s in (1, 2):
-        writer.write_shard(part, SCORED_FIELDS, s, 4, [record(s), record(s + 4)], {}, {})
+        records = [record(s), record(s + 4)]
+        counted = totals.of_responses(records)
+        writer.write_shard(part, SCORED_FIELDS, s, 4, records, counted, {})
     part.finish({"responses": 4})
     said = f"{tmp_path}: part 1/3 of a cache, 4 records in 2 shards, all right\n"
     assert command(monkeypatch, capsys, "verify", tmp_path) == (0, said, "")
@@ -382,7 +385,8 @@ def test_parquet_and_back_is_bit_for_bit(tmp_path):
     back = parquet.from_parquet(file, tmp_path / "b")
     assert bits(back) == bits(cache)
     assert [r["prompt_tokens"].dtype for r in Records(back)] == [np.int32] * 10
-    assert back.outputs == cache.outputs and verify_records(back) == 10
+    assert back.outputs == cache.outputs | {"claimed_by": str(file)}
+    assert verify_records(back) == 10
     with pytest.raises(UserError, match="is finished already"):
         parquet.from_parquet(file, tmp_path / "b")
 
@@ -395,7 +399,7 @@ def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
     changed = table.set_column(table.column_names.index("finished"), "finished", finished)
     changed = changed.replace_schema_metadata(table.schema.metadata)
     pyarrow.parquet.write_table(changed, file, row_group_size=5)
-    with pytest.raises(UserError, match="row group 0: its content is not what it was"):
+    with pytest.raises(UserError, match="row group 0: 5 records that are not those"):
         parquet.from_parquet(file, tmp_path / "b")
     pyarrow.parquet.write_table(table.replace_schema_metadata({}), file)
     with pytest.raises(UserError, match="was not made by"):
@@ -403,6 +407,126 @@ def test_parquet_that_is_not_ours_or_was_changed_is_refused(tmp_path):
     file.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match="no Parquet file that can be read"):
         parquet.from_parquet(file, tmp_path / "d")
+
+
+def edit_manifest(artefact: Artefact, edit) -> None:
+    """Changes a manifest as whoever writes one can: with the checksum of the new text."""
+    path = artefact.path / "manifest.json"
+    entries = json.loads(path.read_text())
+    edit(entries)
+    path.write_text(artefact_module._text(entries))
+
+
+def claims(file, edit) -> None:
+    """Rewrites a Parquet file with other claims in its manifest, and the same rows."""
+    table = pyarrow.parquet.ParquetFile(file)
+    manifest = json.loads(table.schema_arrow.metadata[b"lopd.manifest"])
+    edit(manifest)
+    groups = [table.read_row_group(i) for i in range(table.num_row_groups)]
+    schema = groups[0].schema.with_metadata({b"lopd.manifest": json.dumps(manifest)})
+    with pyarrow.parquet.ParquetWriter(str(file), schema) as writes:
+        for group in groups:
+            writes.write_table(group.replace_schema_metadata(schema.metadata))
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda m: m["outputs"].update(fingerprint="0" * 16), "fingerprint is '0000000000000000'"),
+        (lambda m: m["outputs"].update(responses=3), "responses is 3 by the manifest"),
+        (lambda m: m["shards"][0]["totals"].update(log_ratio_sum=99.0), "log_ratio_sum is 99.0"),
+        (lambda m: m["shards"][0]["totals"].update(gap_sum=-1.0), "gap_sum is -1.0"),
+        (lambda m: m["shards"][0]["totals"].update(luck=1), "luck is 1"),
+        (lambda m: m["shards"][0].update(name="../x"), "'../x' is no file name"),
+        (lambda m: m["shards"][0].update(name="manifest.json"), "is no name of a shard"),
+        (lambda m: m["shards"][0].update(costs={"sampling": {"seconds": 1}}), "cost {'seconds'"),
+        (lambda m: m["shards"].pop(), "2 row groups, its manifest 1"),
+        (lambda m: m["inputs"].update(sft="1" * 16), "among its inputs"),
+        (lambda m: m.update(worker=[0, 2]), "no finished cache"),
+        (lambda m: m["fields"].update(prompt_id=["foo", []]), "the field prompt_id"),
+        (lambda m: m.pop("fields"), "is no cache"),
+    ],
+)
+def test_claims_of_a_parquet_file_are_compared_with_its_records(tmp_path, edit, says):
+    cache = make_top_k_cache(tmp_path / "a")
+    edit_manifest(cache, lambda m: m["inputs"].update(sft="0" * 16))
+    edit_manifest(cache, lambda m: m["outputs"].update(sft="0" * 16))
+    file = epath.Path(tmp_path / "cache.parquet")
+    parquet.to_parquet(Artefact(tmp_path / "a"), file)
+    claims(file, edit)
+    with pytest.raises(UserError, match=re.escape(says)):
+        parquet.from_parquet(file, tmp_path / "b")
+    assert not (tmp_path / "x").exists() and not Artefact(tmp_path / "b").complete
+
+
+@pytest.mark.parametrize("damage", ["page", "pipe", "column"])
+def test_parquet_that_cannot_be_read_is_one_error(tmp_path, damage):
+    file = epath.Path(tmp_path / "cache.parquet")
+    parquet.to_parquet(make_top_k_cache(tmp_path / "a"), file)
+    if damage == "page":
+        content = bytearray(file.read_bytes())
+        content[40:60] = b"\xff" * 20
+        file.write_bytes(content)
+    elif damage == "column":
+        table = pyarrow.parquet.read_table(file)
+        pyarrow.parquet.write_table(table.drop(["finished"]), file, row_group_size=5)
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    with pytest.raises(UserError, match=r"damaged|are not those|is no file but a pipe"):
+        parquet.from_parquet(file, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda m: m["shards"][0].update(name="../x"), "'../x' is no file name"),
+        (lambda m: m["shards"][0].update(name="/tmp/x"), "'/tmp/x' is no file name"),
+        (lambda m: m["shards"][0].update(name="manifest.json"), "is no name of a shard"),
+        (lambda m: m["shards"][0].update(name=shard_name(0, 9)), "is none of the 2 shards"),
+        (lambda m: m["shards"].append(m["shards"][0] | {"name": shard_name(5, 9)}), "is none of"),
+        (lambda m: m["shards"][0].update(records=99), "2 records that are not those"),
+        (lambda m: m["shards"][0].update(content="f" * 64), "2 records that are not those"),
+        (lambda m: m["shards"][0]["totals"].update(responses=99), "responses is 99"),
+        (lambda m: m["shards"][0].update(totals={}), "no totals"),
+        (lambda m: m.pop("plan"), "lacks the plan"),
+        (lambda m: m["plan"].update(records_per_shard=0), "the plan of its manifest"),
+        (lambda m: m.update(worker=[5, 2]), "part (5, 2)"),
+    ],
+)
+def test_a_part_whose_manifest_cannot_be_is_not_merged(tmp_path, edit, says):
+    part = Artefact(tmp_path / "part")
+    part.begin("precompute", {}, {})
+    part.manifest.worker = (0, 1)
+    part.manifest.plan = {"requests": 4, "prompts": "", "records_per_shard": 2}
+    for s in range(2):
+        records = [record(2 * s), record(2 * s + 1)]
+        counted = totals.of_responses(records) | totals.of_scores(records)
+        writer.write_shard(part, SCORED_FIELDS, s, 2, records, counted, {})
+    part.finish({"responses": 4})
+    edit_manifest(part, edit)
+    with pytest.raises(UserError, match=re.escape(says)):
+        merge.merge(tmp_path / "out", [tmp_path / "part"])
+    assert not (tmp_path / "x").exists() and not Artefact(tmp_path / "out").complete
+
+
+@pytest.mark.parametrize("name", ["verify", "summary", "show"])
+def test_what_is_no_cache_is_one_line(tmp_path, monkeypatch, capsys, name):
+    other = Artefact(tmp_path / "sft")
+    other.begin("sft", {}, {})
+    other.finish({"fingerprint": "0" * 16})
+    code, _, stderr = command(monkeypatch, capsys, name, tmp_path / "sft")
+    assert code == 2 and stderr.endswith("is no cache, but the artefact of the stage 'sft'\n")
+    code, _, stderr = command(monkeypatch, capsys, name, "")
+    assert code == 2 and "a path is empty" in stderr
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "the stage 'sft'" in command(monkeypatch, capsys, name, "~/sft")[2]
+
+
+def test_a_manifest_nested_too_deep_is_one_error(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(UserError, match="is damaged"):
+        Artefact(tmp_path)
 
 
 def test_summary_by_position():

@@ -16,12 +16,12 @@ Commands::
 import lopd.interrupts  # noqa: F401  # isort: skip
 
 import argparse
+import os
 import sys
 
 from absl import logging
 
 from lopd import cli
-from lopd.artefacts.artefact import open_complete
 from lopd.errors import UserError
 from lopd.machine import lock
 from lopd.machine.storage import absolute
@@ -30,7 +30,7 @@ from lopd.machine.storage import absolute
 def _verify(args: argparse.Namespace) -> None:
     from lopd.cache import reader
 
-    artefact = open_complete(args.dir, "the cache")
+    artefact = reader.open_cache(args.dir)
     count = reader.verify_records(artefact)
     what = f"{count} records in {len(artefact.manifest.shards)} shards"
     if artefact.manifest.worker:
@@ -39,18 +39,17 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _summary(args: argparse.Namespace) -> None:
-    from lopd.cache import summary
+    from lopd.cache import reader, summary
 
-    print(summary.summarize(open_complete(args.dir, "the cache")))
+    print(summary.summarize(reader.open_cache(args.dir)))
 
 
 def _show(args: argparse.Namespace) -> None:
-    from lopd.cache import summary
-    from lopd.cache.reader import Records
+    from lopd.cache import reader, summary
     from lopd.checkpoints import hugging_face
     from lopd.data.tokenizers import load_tokenizer
 
-    artefact = open_complete(args.dir, "the cache")
+    artefact = reader.open_cache(args.dir)
     source = args.tokenizer or artefact.outputs.get("tokenizer")
     if not source:
         raise UserError(f"{artefact.path} does not say which tokenizer it is of: give --tokenizer")
@@ -58,13 +57,13 @@ def _show(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(source)
     except UserError:
         tokenizer = load_tokenizer(hugging_face.resolve_checkpoint(source))
-    made_with = artefact.manifest.settings["tokenizer"]
+    made_with = artefact.manifest.settings.get("tokenizer")
     if tokenizer.fingerprint != made_with:
         raise UserError(
             f"tokenizer {source} has fingerprint {tokenizer.fingerprint}, {artefact.path} was made "
             f"with {made_with}: give that one with --tokenizer"
         )
-    records = Records(artefact)
+    records = reader.Records(artefact)
     if not 0 <= args.record < len(records):
         raise UserError(f"--record={args.record}: {artefact.path} holds {len(records)} records")
     for i in range(args.record, min(args.record + args.count, len(records))):
@@ -80,9 +79,9 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _to_parquet(args: argparse.Namespace) -> None:
-    from lopd.cache import parquet
+    from lopd.cache import parquet, reader
 
-    parquet.to_parquet(open_complete(args.dir, "the cache"), absolute(args.file))
+    parquet.to_parquet(reader.open_cache(args.dir), absolute(args.file))
 
 
 def _from_parquet(args: argparse.Namespace) -> None:
@@ -114,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run, *names: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, allow_abbrev=False)
         for argument in names:
-            sub.add_argument(argument)
+            sub.add_argument(argument, type=cli.path_argument)
         sub.set_defaults(run=run)
         return sub
 
@@ -123,8 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "dir")
     show.add_argument("--record", type=int, default=0, help="the first to show")
     show.add_argument("--count", type=int, default=1, help="how many")
-    show.add_argument("--tokenizer", default="", help="instead of the one the manifest names")
-    command("merge", _merge, "out").add_argument("parts", nargs="+")
+    show.add_argument(
+        "--tokenizer",
+        default="",
+        type=os.path.expanduser,
+        help="instead of the one the manifest names",
+    )
+    merge = command("merge", _merge, "out")
+    merge.add_argument("parts", nargs="+", type=cli.path_argument)
     command("to-parquet", _to_parquet, "dir", "file")
     command("from-parquet", _from_parquet, "file", "dir")
     command("import-released", _import_released, "file", "dir")
@@ -134,11 +139,11 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Runs one command."""
     logging.set_verbosity(logging.WARNING)
-    args, settings = _parser().parse_known_args()
-    if settings and args.command != "import-released":
-        _parser().error(f"unrecognized arguments: {' '.join(settings)}")
-    args.settings = settings
     with cli.one_line_errors():
+        args, settings = _parser().parse_known_args()
+        if settings and args.command != "import-released":
+            _parser().error(f"unrecognized arguments: {' '.join(settings)}")
+        args.settings = settings
         args.run(args)
 
 

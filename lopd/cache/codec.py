@@ -3,6 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -10,6 +11,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lopd.cache.fields import SCORED_FIELDS, top_k_fields
+from lopd.errors import UserError
 
 NAME = "cache"
 """Name of the dataset in its TFDS metadata."""
@@ -32,6 +34,29 @@ def shard_name(index: int, count: int) -> str:
 def describe(fields: dict) -> dict:
     """The fields as a manifest has them: name → [dtype, shape]."""
     return {name: [np.dtype(f.np_dtype).name, list(f.shape)] for name, f in fields.items()}
+
+
+def check_description(description: Any, where: str) -> None:
+    """Refuses fields that are not those of responses; `where` is named.
+
+    Raises:
+      UserError: naming the first that is missing, unknown, or of another type or shape.
+    """
+    if not isinstance(description, dict):
+        raise UserError(f"{where} is no cache: its manifest names no fields of records")
+    top_k = description.get("teacher_topk_ids")
+    try:
+        k = top_k[1][1] if top_k else 0
+        known = describe(SCORED_FIELDS | top_k_fields(k if isinstance(k, int) and k > 0 else 0))
+    except (TypeError, LookupError):
+        known = describe(SCORED_FIELDS)
+    needed = known.keys() - {"behaviour_logprobs", "ref_logprobs", "teacher_logprobs"}
+    for name in sorted(needed - description.keys()):
+        raise UserError(f"{where}: its manifest lacks the field {name} of records")
+    for name, kind in description.items():
+        if known.get(name) != kind:
+            wanted = f", not {known[name]}" if name in known else ", which no record has"
+            raise UserError(f"{where}: its manifest has the field {name}, {kind!r:.80}{wanted}")
 
 
 def from_description(description: dict) -> dict:

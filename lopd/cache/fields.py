@@ -78,11 +78,15 @@ def check_record(record: dict, where: str) -> None:
     """Refuses a record that would silently train on nothing or on garbage.
 
     Raises:
-      UserError: if a response is empty, or a log-probability is missing, NaN or positive.
+      UserError: if a response is empty, an id negative, or a log-probability missing, NaN or
+        positive.
     """
     length = len(record["response_tokens"])
     if not length or not len(record["prompt_tokens"]):
         raise UserError(f"{where}: empty prompt or response")
+    for name in ("prompt_tokens", "response_tokens"):
+        if np.minimum.reduce(record[name]) < 0:
+            raise UserError(f"{where}: {name} holds a negative id")
     for name in _LOGPROB_FIELDS:
         values = record.get(name)
         if values is None:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact, differences, open_complete
+from lopd.artefacts.artefact import Artefact, differences
 from lopd.cache import writer
+from lopd.cache.claims import check_shard
 from lopd.cache.codec import shard_name
+from lopd.cache.reader import open_cache, read_shard
 from lopd.errors import UserError
 
 _ALIKE = ("stage", "settings", "inputs", "plan", "fields")
@@ -37,7 +39,13 @@ def _collect(parts: Sequence[Artefact]) -> dict[str, tuple[Artefact, dict]]:
                 )
             found[entry["name"]] = (part, entry)
     plan = parts[0].manifest.plan
+    if plan is None:
+        raise UserError(
+            f"{parts[0].path}: its manifest lacks the plan that says how many there are"
+        )
     count = -(-plan["requests"] // plan["records_per_shard"])
+    if others := found.keys() - {shard_name(i, count) for i in range(count)}:
+        raise UserError(f"{sorted(others)[0]} is none of the {count} shards of the whole")
     missing = [i for i in range(count) if shard_name(i, count) not in found]
     if missing:
         given = ", ".join("{}/{}".format(*part.manifest.worker) for part in parts)
@@ -57,7 +65,7 @@ def merge(out: epath.PathLike, parts: Sequence[epath.PathLike]) -> Artefact:
       UserError: if the parts are unfinished, damaged, of other settings or inputs, or together
         hold a prompt twice or lack some; or if `out` already is a finished artefact.
     """
-    opened = [open_complete(path, "the part to merge") for path in parts]
+    opened = [open_cache(path, "the part to merge") for path in parts]
     for part in opened:
         if not part.manifest.worker:
             raise UserError(f"{part.path} is no worker's part (made with --worker=i/N)")
@@ -71,9 +79,11 @@ def merge(out: epath.PathLike, parts: Sequence[epath.PathLike]) -> Artefact:
     artefact.begin(first.stage, first.settings, first.inputs)
     artefact.manifest.plan, artefact.manifest.fields = first.plan, first.fields
     listed = {entry["name"] for entry in artefact.manifest.shards}
-    for name in sorted(found.keys() - listed):
-        part, entry = found[name]
-        writer.copy_shard(artefact, part.path / name, entry)
+    seen: set[tuple[int, int]] = set()
+    for name, (part, entry) in sorted(found.items()):
+        check_shard(entry, read_shard(part, name), str(part.path / name), seen)
+        if name not in listed:
+            writer.copy_shard(artefact, part.path / name, entry)
     artefact.manifest.seconds = sum(part.manifest.seconds for part in opened)
     writer.write_metadata(artefact)
     artefact.finish({**first.outputs, **writer.outputs(artefact)})

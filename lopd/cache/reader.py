@@ -8,8 +8,9 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact, damage
-from lopd.cache.codec import SPLIT, content_digest, parser
+from lopd.artefacts.artefact import Artefact, damage, open_complete
+from lopd.cache.claims import check_manifest, check_shard
+from lopd.cache.codec import SPLIT, parser
 from lopd.cache.fields import check_record
 from lopd.errors import UserError
 from lopd.machine.storage import is_local
@@ -18,6 +19,39 @@ _HELD_BYTES = 64 * 2**20
 """A cache whose shards are no larger is held in memory, decoded: seconds at start, and of short
 responses, most of whose cost is reading and decoding, a batch is made three times faster."""
 _WAY_OUT = "restore it, or run its stage again, which makes what is damaged again"
+
+
+def check_cache(artefact: Artefact) -> None:
+    """Refuses a finished artefact that holds no records, or whose manifest cannot be of a cache.
+
+    Raises:
+      UserError: naming what is wrong.
+    """
+    check_manifest(artefact.manifest, str(artefact.path))
+
+
+def open_cache(path: epath.PathLike, what: str = "the cache") -> Artefact:
+    """A finished cache, to be read.
+
+    Raises:
+      UserError: if there is none, or it is not finished, or it is another artefact.
+    """
+    artefact = open_complete(path, what)
+    check_cache(artefact)
+    return artefact
+
+
+def check_whole(artefact: Artefact) -> None:
+    """Refuses one worker's part.
+
+    Raises:
+      UserError: saying how to join the parts.
+    """
+    if artefact.manifest.worker:
+        raise UserError(
+            f"{artefact.path} is a worker's part of a cache: join the parts with "
+            "python -m lopd.cache merge OUT PART..."
+        )
 
 
 def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
@@ -29,11 +63,7 @@ def verify(artefact: Artefact, files: epath.Path | None = None) -> None:
     Raises:
       UserError: naming the damaged files; or if this is one worker's part.
     """
-    if artefact.manifest.worker:
-        raise UserError(
-            f"{artefact.path} is a worker's part of a cache: join the parts with "
-            "python -m lopd.cache merge OUT PART..."
-        )
+    check_whole(artefact)
     entries = [*artefact.manifest.shards, *artefact.manifest.files]
     _verify_files(artefact, files or artefact.path, entries)
 
@@ -73,11 +103,14 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     with _local(path) as file:
         if wrong := damage(file, entry):
             raise UserError(f"{path} {wrong}; {_WAY_OUT}")
-        reader = array_record_module.ArrayRecordReader(str(file))
         try:
-            return [parse(data) for data in reader.read_all()]
-        finally:
-            reader.close()
+            reader = array_record_module.ArrayRecordReader(str(file))
+            try:
+                return [parse(data) for data in reader.read_all()]
+            finally:
+                reader.close()
+        except Exception as error:  # of ArrayRecord's, protobuf's and NumPy's kinds
+            raise UserError(f"{path} holds no records as its manifest says ({error})") from error
 
 
 def verify_records(artefact: Artefact) -> int:
@@ -95,17 +128,7 @@ def verify_records(artefact: Artefact) -> int:
     seen: set[tuple[int, int]] = set()
     for shard in artefact.manifest.shards:
         path, records = artefact.path / shard["name"], read_shard(artefact, shard["name"])
-        for i, record in enumerate(records):
-            check_record(record, f"{path}, record {i}")
-            key = (int(record["prompt_id"]), int(record["sample_id"]))
-            if key in seen:
-                raise UserError(
-                    f"{path}, record {i}: prompt {key[0]}, sample {key[1]} is there twice"
-                )
-            seen.add(key)
-        digest = f"{content_digest(records):064x}"
-        if len(records) != shard["records"] or digest != shard["content"]:
-            raise UserError(f"{path}: {len(records)} records that are not those of the manifest")
+        check_shard(shard, records, str(path), seen)
     promised = artefact.outputs.get("responses", len(seen))
     readable = len(seen) if artefact.manifest.worker else len(Records(artefact))
     if readable != len(seen) or len(seen) != promised:
@@ -133,9 +156,13 @@ class Records:
                 if not source.is_dir():
                     source.copy(files / source.name)
         verify(artefact, files)
-        self._source = tfds.builder_from_directory(files).as_data_source(
-            SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        try:
+            self._source = tfds.builder_from_directory(files).as_data_source(
+                SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+        except Exception as error:  # of a dozen kinds
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{self._path}: TFDS cannot read its metadata ({said})") from error
         self._parse = parser(artefact.manifest.fields)
         small = sum(shard["bytes"] for shard in artefact.manifest.shards) <= _HELD_BYTES
         self._held = [self._read(i) for i in range(len(self))] if small else None
@@ -147,7 +174,11 @@ class Records:
         return self._read(index) if self._held is None else self._held[index]
 
     def _read(self, index: int) -> dict:
-        record = self._parse(self._source[index])
+        try:
+            record = self._parse(self._source[index])
+        except (RuntimeError, LookupError, ValueError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{self._path}, record {index} cannot be read ({said})") from error
         who = f"prompt_id {record['prompt_id']}, sample_id {record['sample_id']}"
         check_record(record, f"{self._path}, record {index} ({who})")
         return record

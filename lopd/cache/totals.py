@@ -23,6 +23,11 @@ FAR = 1.0
 UNLIKELY = -10.0
 """log π_T below this, in nats, is a token that the teacher would next to never choose."""
 
+RESPONSES = {"responses", "tokens", "finished"}
+"""The totals of `of_responses`."""
+GAPS = ("gap_sum", "gap_max")
+"""The totals of `of_gaps`, which records alone do not give: the sampler's scores are not kept."""
+
 
 def of_responses(records: Sequence[Mapping]) -> dict:
     """Totals that sampled responses have."""

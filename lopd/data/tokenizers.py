@@ -302,7 +302,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     """
     check_url(name_or_path)
     path = epath.Path(_BUNDLED.get(name_or_path, name_or_path))
-    for file in (path, *(path / name for name in (*_HUGGING_FACE_FILES, _MODEL))):
+    for file in (path, *(path / name for name in (*_READ_BY_TRANSFORMERS, *_OF_OTHER_PROGRAMS))):
         check_regular(file)
     if (path / _JSON).is_file():
         return HuggingFaceTokenizer(path)

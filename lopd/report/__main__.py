@@ -14,10 +14,9 @@ def main() -> None:
         description="One HTML page of a run: WORKDIR/report.html. Of several runs, a comparison: "
         "comparison.html in the first.",
     )
-    parser.add_argument("workdir", nargs="+", help="the --workdir of a run")
-    workdirs = parser.parse_args().workdir
+    parser.add_argument("workdir", nargs="+", type=cli.path_argument, help="the --workdir of a run")
     with cli.one_line_errors():
-        print(report.write_report(workdirs))
+        print(report.write_report(parser.parse_args().workdir))
 
 
 if __name__ == "__main__":

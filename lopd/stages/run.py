@@ -170,8 +170,22 @@ class Run:
         elif isinstance(origin, Adopted):
             model = hf_config.checkpoint_config(origin.folder)
         elif isinstance(origin, Given):
-            model = DecoderConfig(**self.input(stage).outputs["model"])
+            model = self._given_model(stage)
         else:
             raise UserError(f"neither {which}.checkpoint nor {which}.model is set: which {which}?")
         dtype = self.settings.dtype
         return dataclasses.replace(model, dtype=dtype) if dtype else model
+
+    def _given_model(self, stage: str) -> DecoderConfig:
+        """The shape of the model in an artefact that the settings name."""
+        artefact = self.input(stage)
+        shape = artefact.outputs.get("model")
+        if not isinstance(shape, dict) or "fingerprint" not in artefact.outputs:
+            made = artefact.manifest.stage
+            raise UserError(
+                f"the {stage} artefact: {artefact.path} holds no model; it is that of {made!r}"
+            )
+        try:
+            return DecoderConfig(**shape)
+        except TypeError as error:
+            raise UserError(f"{artefact.path}: the model of its manifest: {error}") from error

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from etils import epath
 
+from lopd.artefacts.artefact import differences
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.checkpoints import hugging_face, orbax
 from lopd.config.catalogue import STUDENT, TEACHER, stage_info
@@ -58,6 +59,26 @@ def student_source(run: Run) -> tuple[str, epath.Path] | None:
     return None
 
 
+def check_shape(run: Run, stage: str) -> None:
+    """Refuses a finished artefact that holds no model, or one of another shape than is set.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    artefact, which = run.input(stage), stage_info(stage).trains
+    found, set_to = artefact.outputs.get("model"), dataclasses.asdict(run.model(which))
+    if not isinstance(found, dict) or "fingerprint" not in artefact.outputs:
+        made = artefact.manifest.stage
+        raise UserError(
+            f"the {stage} artefact: {artefact.path} holds no model; it is that of {made!r}"
+        )
+    if found != set_to:
+        raise UserError(
+            f"{artefact.path} holds a model of another shape than {which}.model "
+            f"({'; '.join(differences(found, set_to))})"
+        )
+
+
 def load_params(run: Run, stage: str) -> decoder.Params:
     """The finished weights of a training stage, checked against its manifest.
 
@@ -66,11 +87,7 @@ def load_params(run: Run, stage: str) -> decoder.Params:
     """
     artefact, which = run.input(stage), stage_info(stage).trains
     model = run.model(which)
-    if artefact.outputs["model"] != dataclasses.asdict(model):
-        raise UserError(
-            f"{artefact.path} holds a model of shape {artefact.outputs['model']}, the "
-            f"settings say {which}.model={dataclasses.asdict(model)}"
-        )
+    check_shape(run, stage)
     source = artefact.outputs.get("source")
     if source:
         params = read_checkpoint(run, epath.Path(source), which)
