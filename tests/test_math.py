@@ -265,12 +265,33 @@ def test_answers_without_a_verdict_are_neither_right_nor_wrong():
 
 def test_evaluation_without_its_grader_is_refused_before_work(monkeypatch):
     """math-verify is an extra: its absence must not show only after all training."""
-    task = make_task(TaskSettings(name="math"))
-    problem = Problem(0, ({"role": "user", "content": "?"},), reference="1")
-    run = types.SimpleNamespace(
-        task=task, prompts=types.SimpleNamespace(tests={"aime": PromptSet([problem], [[1]])})
-    )
-    assert [*evaluation.prompts(run)] == ["aime"]
+    assert [*evaluation.prompts(run_of("1"))] == ["aime"]
     monkeypatch.setattr(math_grader.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="grading needs math-verify"):
-        evaluation.prompts(run)
+        evaluation.prompts(run_of("1"))
+
+
+def run_of(*references):
+    """A run of math that has problems with these answers to evaluate on."""
+    problems = [
+        Problem(i, ({"role": "user", "content": "?"},), x) for i, x in enumerate(references)
+    ]
+    return types.SimpleNamespace(
+        task=make_task(TaskSettings(name="math")),
+        prompts=types.SimpleNamespace(tests={"aime": PromptSet(problems, [[1]] * len(problems))}),
+    )
+
+
+@pytest.mark.parametrize("reference", ["", "}", "$", r"\frac{1}{", "{3"])
+def test_every_reference_is_read_before_work(reference):
+    """What math-verify takes for a text alone is equal to no other way of writing it."""
+    with pytest.raises(UserError, match=r"aime, problem 1 .*cannot read the reference answer"):
+        evaluation.prompts(run_of("025", reference))
+
+
+def test_references_as_they_are_published_can_be_read():
+    evaluation.prompts(
+        run_of(
+            "025", r"\frac{9 \sqrt{23}}{23}", r"[1,2)", "1,000", r"2^{25} \cdot 26!", r"\text{B}"
+        )
+    )

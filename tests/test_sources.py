@@ -1,6 +1,7 @@
 """Prompt and SFT sources: every kind of file and schema, and one clear error for each mistake."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -195,9 +196,9 @@ def test_sample_by_hand(tmp_path):
     [
         (b"", "holds no prompts"),
         (b"\n\n", "holds no prompts"),
-        (b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl, line 2: not JSON"),
+        (b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl, line 2 is not JSON"),
         (b'{"prompt": "a"}\n\n["b"]\n', r"bad\.jsonl, line 3: not a JSON object, but list"),
-        (b'{"prompt": "\xff"}\n', r"bad\.jsonl, line 1: not JSON"),
+        (b'{"prompt": "\xff"}\n', r"bad\.jsonl, line 1 is not JSON"),
         (b'{"b": 1, "a": 2}\n', r"line 1: unknown columns \['a', 'b'\]"),
         (b'{"prompt": "a"}\n{"text": "b"}\n', r"line 2: no column 'prompt'; it has \['text'\]"),
         (b'{"prompt": "a"}\n{"prompt": "  "}\n', "line 2: the prompt is empty"),
@@ -206,6 +207,9 @@ def test_sample_by_hand(tmp_path):
         (b'{"messages": [{"role": "user"}]}\n', "line 1: a message is not role and content"),
         (b'{"messages": ["hi"]}\n', "line 1: a message is not role and content"),
         (b'{"prompt": "a", "answer": ["x"]}\n', "line 1: column answer holds list, not text"),
+        (b'{"prompt": "a\\ud800b"}\n', r"line 1: 'a\\ud800b' is no Unicode text"),
+        (b'{"prompt": "a", "answer": "\\udc00"}\n', "line 1: .* is no Unicode text"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"\n", "line 1 is nested too deep"),
     ],
 )
 def test_bad_content_is_one_clear_error(tmp_path, content, message):
@@ -237,3 +241,24 @@ def test_prompt_template_is_filled_and_dapos_instructions_are_taken_off():
     unwrapped = "Question: Find $x$.\n\nIt is an\n\ninteger." + tail
     assert sources.fill_prompt(MATH_PROMPT, DAPO_TEXT) == unwrapped
     assert sources.fill_prompt("{problem}", DAPO_TEXT) == DAPO_TEXT.strip()
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.jsonl", ""):
+        with pytest.raises(UserError, match="is no file but a pipe, a socket or a device"):
+            load_examples(str(tmp_path / name))  # "": the folder
+    with pytest.raises(UserError, match="a source of prompts has no name"):
+        load_examples("?prompt=text")
+
+
+def test_damaged_pages_of_parquet_are_one_error(tmp_path):
+    path = tmp_path / "bad.parquet"
+    prompts = [f"{i * 7919 % 1000} {i}" for i in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts}), path, row_group_size=500)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.parquet: damaged behind row \d+"):
+        load_examples(str(path))

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from lopd.errors import UserError
+from lopd.machine.reading import check_regular, parse_json
 from lopd.machine.storage import check_url, is_local
 
 Messages = tuple[dict[str, str], ...]
@@ -95,10 +96,7 @@ def _jsonl_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
+            row = parse_json(line, where)
             if not isinstance(row, dict):
                 raise UserError(f"{where}: not a JSON object, but {type(row).__name__}")
             yield where, row
@@ -111,11 +109,20 @@ def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: not a Parquet file ({error})") from error
-        number = 0
-        for batch in parquet.iter_batches(_PARQUET_ROWS):
-            for row in batch.to_pylist():
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file ({_first_line(error)})") from error
+        number, batches = 0, parquet.iter_batches(_PARQUET_ROWS)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            # A page that is damaged, or text that is no UTF-8.
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}: damaged behind row {number} ({_first_line(error)})"
+                ) from error
+            for row in rows:
                 yield f"{path}, row {number}", row
                 number += 1
 
@@ -127,7 +134,7 @@ _READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 def _plain(value: Any) -> Any:
     """A TFDS value as JSON would have it: text for bytes, lists for arrays and sequences."""
     if isinstance(value, bytes):
-        return value.decode()
+        return value.decode(errors="surrogateescape")  # refused as text that is no Unicode
     if isinstance(value, np.ndarray | list):
         return [_plain(v) for v in value]
     if isinstance(value, np.generic):
@@ -152,9 +159,9 @@ def _tfds_rows(source: str) -> Iterator[tuple[str, dict]]:
             builder = tfds.builder(source.removeprefix("tfds:"), try_gcs=False)
         else:
             builder = tfds.builder_from_directory(source)
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        splits = sorted(builder.info.splits)
+    except Exception as error:  # damaged descriptions raise errors of a dozen kinds
         raise UserError(f"{source}: TFDS finds no such dataset ({_first_line(error)})") from error
-    splits = sorted(builder.info.splits)
     split = splits[0] if len(splits) == 1 else "train"
     if split not in splits:
         raise UserError(
@@ -166,12 +173,19 @@ def _tfds_rows(source: str) -> Iterator[tuple[str, dict]]:
         raise UserError(
             f"{source}: not stored as ArrayRecord; prepare it with file_format='array_record'"
         ) from error
-    for number, row in enumerate(rows):
-        yield f"{source}, {split} row {number}", _plain(row)
+    except Exception as error:
+        raise UserError(f"{source}: TFDS cannot read it ({_first_line(error)})") from error
+    for number in range(len(rows)):
+        where = f"{source}, {split} row {number}"
+        try:
+            row = _plain(rows[number])
+        except Exception as error:  # of ArrayRecord's, protobuf's and TFDS's kinds
+            raise UserError(f"{where}: damaged ({_first_line(error)})") from error
+        yield where, row
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 def _files(source: str) -> list[epath.Path]:
@@ -189,6 +203,8 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     Raises:
       UserError: if nothing is there, or a row cannot be read.
     """
+    if not source.strip():
+        raise UserError("a source of prompts has no name: give a file, a folder or a dataset")
     check_url(source)
     if source.startswith("tfds:") or (epath.Path(source) / "dataset_info.json").exists():
         if not is_local(source):
@@ -206,6 +222,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     for path in files:
         if path.suffix not in _READERS:
             raise UserError(f"{path}: not one of {', '.join(_READERS)}")
+        check_regular(path)
         yield from _READERS[path.suffix](path)
 
 
@@ -232,6 +249,16 @@ def find_columns(row: Mapping, where: str) -> Columns:
     return (answered or prompts)[0]
 
 
+def _check_unicode(text: str, where: str) -> None:
+    """Refuses halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {text[max(0, error.start - 10) : error.end + 10]!r} is no Unicode text"
+        ) from error
+
+
 def _messages(value: Any, where: str) -> Messages:
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -240,13 +267,18 @@ def _messages(value: Any, where: str) -> Messages:
         role, content = (_get(turn, a if _get(turn, a) is not None else b) for a, b in _TURN_KEYS)
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}: a message is not role and content, or from and value")
+        _check_unicode(content, where)
+        _check_unicode(role, where)
         messages.append({"role": _ROLES.get(role, role), "content": content})
     return tuple(messages)
 
 
 def _text(row: Mapping, column: str, where: str) -> str | None:
     value = _get(row, column) if column else None
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_unicode(value, where)
         return value
     if isinstance(value, int | float):
         return str(value)

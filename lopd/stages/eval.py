@@ -69,9 +69,22 @@ def prompts(run: Run) -> dict[str, PromptSet]:
       UserError: if a source cannot be read, or its answers cannot be graded on this machine.
     """
     tests = run.prompts.tests
-    for test in tests.values():
-        run.task.grade(test.problems[0], "")  # finds out whether the grader is installed
+    _check_references(run, tests)
     return tests
+
+
+def _check_references(run: Run, tests: dict[str, PromptSet]) -> None:
+    """Grades no answer to each problem: shows whether the grader works and reads its reference."""
+    total = sum(len(test.problems) for test in tests.values())
+    with bar(total=total, label="answers", unit="references", delay=2) as progress:
+        for name, test in tests.items():
+            for number, problem in enumerate(counted(test.problems, progress)):
+                try:
+                    run.task.grade(problem, "")
+                except UserError as error:
+                    raise UserError(
+                        f"{name}, problem {number} ({problem.prompt[:40]!r}…): {error}"
+                    ) from error
 
 
 def check(run: Run, stages: tuple[str, ...]) -> None:
@@ -160,7 +173,7 @@ def _responses(name: str) -> str:
 
 def _grade(run: Run, artefact: Artefact, name: str) -> dict:
     """Accuracies of one model; every response is kept in responses_NAME.jsonl."""
-    tests, params, recipe = prompts(run), _params(run, name), run.settings.eval
+    tests, params, recipe = run.prompts.tests, _params(run, name), run.settings.eval
     which = STUDENT if name == BASE else stage_info(name).trains
     greedy = dataclasses.replace(recipe, temperature=0.0, samples=1)
     modes = {"greedy": greedy, "sampled": recipe}

@@ -77,7 +77,13 @@ class Task(Protocol):
         """The prompt's token ids."""
 
     def grade(self, problem: Problem, response: str) -> Verdict:
-        """Whether a response that ended by itself is right."""
+        """Whether a response that ended by itself is right.
+
+        Before any work it is called with an empty one for each problem.
+
+        Raises:
+          UserError: whatever the response, if the problem's reference cannot be compared with.
+        """
 
     def answer_text(self, problem: Problem) -> str:
         """The reference as people read it; empty if there is none."""

@@ -42,6 +42,7 @@ class MathGrader:
     def __init__(self, seconds: float = 10.0):
         self._sandbox = Sandbox(_WORKER, seconds=seconds)
         self._known: dict[tuple[str, str], Verdict] = {}
+        self._readable: set[str] = set()
 
     def __enter__(self) -> "MathGrader":
         return self
@@ -57,10 +58,11 @@ class MathGrader:
         """The verdict on a whole response.
 
         Raises:
-          UserError: if math-verify is not installed, or cannot read the reference answer.
+          UserError: if math-verify is not installed, or cannot read the reference answer, whatever
+            the response.
         """
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError("grading needs math-verify: pip install 'lopd[eval]'")
+        if reference not in self._readable:
+            self._check_reference(reference)
         answer = boxed_answer(response)
         if answer is None:
             return Verdict(False, None)
@@ -68,10 +70,18 @@ class MathGrader:
             self._known[reference, answer] = self._verdict(reference, answer)
         return self._known[reference, answer]
 
+    def _check_reference(self, reference: str) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("grading needs math-verify: pip install 'lopd[eval]'")
+        reply = self._sandbox.ask({"gold": reference})
+        if reply is None:
+            raise UserError(f"math-verify comes to no end with the reference {reference!r:.80}")
+        if "error" in reply:
+            raise UserError(reply["error"])
+        self._readable.add(reference)
+
     def _verdict(self, reference: str, answer: str) -> Verdict:
         reply = self._sandbox.ask({"gold": reference, "answer": answer})
         if reply is None:
             return Verdict(False, answer, ungraded=True)
-        if "error" in reply:
-            raise UserError(reply["error"])
         return Verdict(reply["correct"], reference if reply["correct"] else reply["label"])

@@ -1,8 +1,8 @@
 r"""math-verify, as `lopd.tasks.sandbox` runs it. Imports nothing of lopd.
 
-A request is {"gold": TEXT, "answer": TEXT}, the reply {"correct": BOOL, "label": TEXT} or
-{"error": TEXT}. math-verify's own time limits are off: they are Python signal handlers, which run
-only after a long integer power has finished.
+A request is {"gold": TEXT, "answer": TEXT}, the reply {"correct": BOOL, "label": TEXT}; or
+{"gold": TEXT}, the reply {} or {"error": TEXT}. math-verify's own time limits are off: they are
+Python signal handlers, which run only after a long integer power has finished.
 """
 
 import logging
@@ -18,10 +18,16 @@ def _read(text: str) -> list:
 
 
 def answer(request: dict) -> dict:
-    """Whether the answer equals the reference, and what equal answers share."""
+    """Whether the answer equals the reference, and what equal answers share.
+
+    Without an answer, whether the reference can be read. What is read as a text alone would equal
+    no other way of writing it.
+    """
     gold = _read(request["gold"])
-    if not gold:
-        return {"error": f"math-verify cannot read the reference answer {request['gold']!r}"}
+    if "answer" not in request:
+        readable = any(not isinstance(value, str) for value in gold)
+        said = f"math-verify cannot read the reference answer {request['gold']!r:.80}"
+        return {} if readable else {"error": said}
     try:
         found = _read(request["answer"])
         correct = bool(found) and verify(gold, found, timeout_seconds=None)

@@ -3,6 +3,7 @@
 import json
 import re
 
+from lopd.errors import UserError
 from lopd.tasks import Verdict
 
 _BLOCK = re.compile(r"```json\n(.*?)```", re.DOTALL)
@@ -12,9 +13,13 @@ def grade(reference: str, response: str) -> Verdict:
     """Whether the last block parses to the same value as the reference.
 
     Raises:
-      ValueError: if the reference is no JSON.
+      UserError: if the reference is no JSON.
     """
-    wanted, blocks = json.loads(reference), _BLOCK.findall(response)
+    try:
+        wanted = json.loads(reference)
+    except ValueError as error:
+        raise UserError(f"the answer is no JSON ({error})") from error
+    blocks = _BLOCK.findall(response)
     if not blocks:
         return Verdict(False, None)
     try:
