@@ -16,6 +16,7 @@ import glob
 import hashlib
 import heapq
 import json
+import math
 import re
 import unicodedata
 import urllib.parse
@@ -280,7 +281,7 @@ def _text(row: Mapping, column: str, where: str) -> str | None:
     if isinstance(value, str):
         _check_unicode(value, where)
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise UserError(f"{where}: column {column} holds {type(value).__name__}, not text")
 

@@ -188,7 +188,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if (folder / name).is_file()
         }
         self._tokenizer, ids = self._read()
-        self._special = frozenset(self._tokenizer.all_special_ids)
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._special = {*self._tokenizer.all_special_ids, *(i for i, t in added if t.special)}
         self.tokens = [""] * (max(ids.values()) + 1)
         for token, i in ids.items():
             self.tokens[i] = token

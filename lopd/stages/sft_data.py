@@ -48,15 +48,22 @@ def prompts(run: Run) -> PromptSet:
     """The SFT prompts.
 
     Raises:
-      UserError: if responses are to come with them, and one has none.
+      UserError: if responses are to come with them, and one has none, or one that ends within.
     """
-    found = run.prompts.sft
+    found, ends = run.prompts.sft, [run.tokenizer.tokens[i] for i in run.end_ids]
     for problem in found.problems if _given(run) else ():
         if not problem.response:
             raise UserError(
                 f"{run.settings.task.sft_prompts or 'the task ' + run.task.name}: prompt "
                 f"{problem.problem_id} ({problem.prompt[:40]!r}…) has no response to learn from"
             )
+        for end in ends:
+            if end in problem.response:
+                raise UserError(
+                    f"{run.settings.task.sft_prompts}: the response to prompt "
+                    f"{problem.problem_id} ({problem.prompt[:40]!r}…) holds the end token {end!r}: "
+                    "leave it out, it is put behind each response"
+                )
     return found
 
 
