@@ -1,9 +1,11 @@
 """Checkpoints in Hugging Face's format: exact round trips, memory, and clear refusals."""
 
+import dataclasses
 import fnmatch
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from helpers.models import (
     MOE,
     TIED,
@@ -248,6 +251,111 @@ def test_missing_field_is_named(field):
     values = {k: v for k, v in PUBLISHED["Qwen3-30B-A3B"].items() if k != field}
     with pytest.raises(UserError, match=f"config.json lacks {field}"):
         hf_config.config_from_hf(values)
+
+
+QWEN3 = {k: v for k, v in PUBLISHED["Qwen3-30B-A3B"].items() if k != "torch_dtype"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": None}, "vocab_size=None must be a whole number"),
+        ({"vocab_size": 2**40}, "below 2^31"),
+        ({"hidden_size": "64"}, "hidden_size is a text"),
+        ({"num_attention_heads": None}, "lacks num_attention_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads=1.5 must be a whole number"),
+        ({"num_experts": 0}, "lacks num_experts"),
+        ({"rope_theta": 0}, "rope_theta=0.0 must be positive"),
+        ({"rope_theta": "1e6"}, "rope_theta is a text"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false"),
+        ({"eos_token_id": 999_999}, "eos_token_id=999999 is no token"),
+        ({"eos_token_id": [151645, -1]}, "is no token"),
+        ({"eos_token_id": True}, "is no token"),
+        ({"architectures": "Qwen3MoeForCausalLM"}, "architectures is a text"),
+        ({"model_type": []}, "model_type is a list"),
+        ({"layer_types": "full_attention"}, "layer_types is a text"),
+        ({"rope_scaling": 4}, "rope_scaling is a number"),
+        ({"rope_scaling": {"rope_type": []}}, "rope_type=[]"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor='4'"),
+    ],
+)
+def test_values_of_another_type_or_range_are_one_error(changes, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        hf_config.config_from_hf(QWEN3 | changes)
+
+
+def test_what_transformers_takes_is_taken():
+    """Its other name of silu, its head_dim of a file that says none, theta beside parameters."""
+    moe, dense = QWEN3, PUBLISHED["Qwen3-4B-Thinking-2507"]
+    expected = hf_config.config_from_hf(moe)
+    assert hf_config.config_from_hf(moe | {"hidden_act": "swish"}) == expected
+    for published, transformers_config in (
+        (moe, transformers.Qwen3MoeConfig),
+        (dense, transformers.Qwen3Config),
+    ):
+        values = {k: v for k, v in published.items() if k != "head_dim"}
+        theirs = transformers_config(**values)
+        heads = theirs.hidden_size // theirs.num_attention_heads
+        expected = getattr(theirs, "head_dim", None) or heads
+        assert hf_config.config_from_hf(values).head_dim == expected
+    theta = dense["rope_theta"]
+    for beside in ({"rope_type": "default"}, {"rope_type": "default", "rope_theta": theta}):
+        values = dense | {"rope_parameters": beside}
+        theirs = transformers.Qwen3Config(**json.loads(json.dumps(values)))
+        found = hf_config.config_from_hf(values).rope_theta
+        assert found == theirs.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "", "[" * 100_000, '{"a":' * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_no_object_is_one_error(checkpoint, name, text):
+    (checkpoint / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} (is|holds)"):
+        hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ([], "weight_map must be an object"),
+        ({"a": 3}, "3 is no file name"),
+        ({"a": "../x"}, "'../x' is no file name"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd' is no file name"),
+        ({"a": "model-00001-of-00006.safetensors"}, "says that a is in"),
+        ({"a": "none.safetensors"}, "which is not there"),
+    ],
+)
+def test_an_index_is_compared_with_its_files(checkpoint, weight_map, says):
+    path = checkpoint / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=re.escape(says)):
+        hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
+
+
+def test_headers_are_enough_to_find_damage(checkpoint):
+    hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
+    wider = dataclasses.replace(TIED, intermediate_size=TIED.intermediate_size * 2)
+    with pytest.raises(UserError, match=r"another shape than student\.model: intermediate_size="):
+        hugging_face.check_checkpoint(checkpoint, wider, "student.model")
+    file = sorted(checkpoint.glob("*.safetensors"))[-1]
+    content = file.read_bytes()
+    for damaged in (content[:-1], content[:20], b"", content + b"x"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="cut short, damaged or not a safetensors file"):
+            hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="is no file but a pipe"):
+        hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
+
+
+def test_float64_is_not_called_quantised(checkpoint):
+    edit_shard(checkpoint, lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}))
+    with pytest.raises(UserError, match=r"stored as F64; only .*\(convert it to F32\)"):
+        hugging_face.check_checkpoint(checkpoint, TIED, "student.model")
 
 
 def test_missing_and_damaged_config(checkpoint, one_device_mesh):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from absl.testing import flagsaver
 from helpers.commands import REPOSITORY, environment, module, refused
 
+from lopd import cli
 from lopd.config import base_config, read_settings
 from lopd.config.checks import check_settings
 from lopd.config.settings import Settings
@@ -40,6 +42,8 @@ def test_defaults_survive_the_way_through_a_config_dict():
         ("opd.masked_tokens", (1.5,), "opd.masked_tokens=(1.5,) must be of type"),
         ("sft.b1", 1.0, "sft.b1=1.0 must lie in [0, 1)"),
         ("dtype", "float16", "dtype='float16' must be one of float32, bfloat16, or None"),
+        ("opd.steps", 2**40, "opd.steps=1099511627776 must be below 2147483648"),
+        ("task.problems", "a,,b", "task.problems='a,,b' must have a name on each side of every"),
         ("opd.tua", 1, "there is no setting opd.tua"),
         ("opd.tau.x", 1, "there is no setting opd.tau.x"),
     ],
@@ -62,6 +66,16 @@ def test_values_come_as_the_types_they_are_meant_to_be():
     assert found.opd.tau == 3.0 and isinstance(found.opd.tau, float)
     assert found.opd.masked_tokens == ("</s>", 5) and found.runtime.profile_steps == (2, 4)
     assert found.sft.checkpoint is None
+
+
+def test_paths_may_start_at_home_and_an_empty_one_is_none(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = {"teacher.checkpoint": "~/t", "sft.teacher": "~/t", "task.problems": "~/a.jsonl,~/b"}
+    found = changed(Settings(), given | {"tokenizer": " ", "opd.cache": "~/c", "seed": 2**40})
+    assert found.teacher.checkpoint == found.sft.teacher == "/home/somebody/t"
+    assert found.task.problems == "/home/somebody/a.jsonl,/home/somebody/b"
+    assert found.opd.cache == "/home/somebody/c" and found.tokenizer is None
+    assert changed(found, {}) == found and found.seed == 2**40
 
 
 def test_given_responses_need_their_source():
@@ -117,3 +131,45 @@ def test_the_last_word_of_a_setting_counts(arguments, records):
 def test_mistakes_of_the_command_line_are_one_line(monkeypatch, arguments, says):
     monkeypatch.chdir(REPOSITORY)
     refused(module("lopd.main", *arguments, environment=environment()), says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import nothing_there\ndef get_config(): pass", "line 1: ModuleNotFoundError"),
+        ("def get_config():\n  raise ValueError('no')", "line 2: ValueError: no"),
+        ("def get_config():\n  return get_config()", "line 2: RecursionError"),
+        ("def get_config():\n  exit(3)", "line 2: SystemExit: 3"),
+        ("def get_config(): pass", "get_config() gives NoneType"),
+        ("def get_config(): return {}", "get_config() gives dict"),
+        ("get_config = 3", "'int' object is not callable"),
+        ("# get_config", "has no attribute 'get_config'"),
+        ("def get_config(which): pass", "missing 1 required positional argument"),
+    ],
+)
+def test_a_settings_file_that_fails_is_one_line(tmp_path, monkeypatch, capfd, text, says):
+    path = tmp_path / "settings.py"
+    path.write_text(text)
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections' of before
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        cli.parse_flags(["lopd.main", f"--config={path}"])
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"lopd: error: --config={path}") and says in lines[0]
+
+
+def test_the_home_directory_in_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.py").write_text(
+        "from lopd import config\ndef get_config(): return config.base_config()"
+    )
+    with flagsaver.flagsaver():
+        cli.parse_flags(["lopd.main", "--config=~/settings.py", "--workdir=~/run"])
+        assert cli.settings() == Settings() and cli.WORKDIR.value == str(tmp_path / "run")
+
+
+def test_no_plugin_for_a_platform_is_one_line(tmp_path):
+    arguments = [f"--config={REPOSITORY / 'configs/tiny.py'}", f"--workdir={tmp_path}"]
+    for platform in ("cuda", "quantum"):
+        there = environment({"JAX_PLATFORMS": platform})
+        refused(module("lopd.main", *arguments, environment=there), "JAX finds no devices")

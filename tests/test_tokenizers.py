@@ -5,13 +5,17 @@ template's text.
 """
 
 import json
+import os
+import resource
 import shutil
+import signal
 
 import jinja2.sandbox
 import pytest
 import tokenizers
 from helpers.qwen3_tokenizer import qwen3_folder
 
+import lopd.data.tokenizers
 from lopd.data.tokenizers import check_same_vocabulary, check_vocabulary, load_tokenizer
 from lopd.errors import UserError
 
@@ -165,6 +169,50 @@ def test_refused_conversations_are_user_errors(qwen3):
     for messages in ([], [{"role": "user"}], [{"role": "user", "content": None}]):
         with pytest.raises(UserError, match="the chat template refuses"):
             qwen3.render(messages, thinking=True)
+
+
+NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (NESTED, "takes more than 0.3 seconds"),
+        ("{% set n = namespace(s='x' * 999) %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+         "{% endfor %}", "grows without end"),
+        ("{{ 'x' * 10**12 }}", "grows without end"),
+        ("{{ 'x' * 20000000 }}", "writes more than 16,777,216 characters"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for", "end of template"),
+        (3, "the chat template refuses"),
+    ],
+)  # fmt: skip
+def test_templates_have_a_limit_of_time_and_size(tmp_path, monkeypatch, template, says):
+    seconds = 0.3 if template == NESTED else 60.0
+    monkeypatch.setattr(lopd.data.tokenizers, "_TEMPLATE_SECONDS", seconds)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=says):
+        changed_copy(tmp_path, tokenizer_config__json=lambda c: c.update(chat_template=template))
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("stated", [151669, -1, "151645", 1.5, True, [151645, 999999], [[1]], {}])
+def test_end_tokens_must_be_tokens(tmp_path, stated):
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* is no token of"):
+        changed_copy(tmp_path, generation_config__json=lambda c: c.update(eos_token_id=stated))
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_pipe_is_not_read(tmp_path, name):
+    shutil.copytree(qwen3_folder(), tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(UserError, match="is no file but a pipe"):
+        load_tokenizer(str(tmp_path / "copy"))
 
 
 def test_one_moved_id_is_found(tmp_path, qwen3):

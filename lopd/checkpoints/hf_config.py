@@ -132,10 +132,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
         if value is None or (isinstance(value, allowed) and not isinstance(value, bool)):
             continue
         raise UserError(f"config.json: {name} is {json_kind(value)}, {value!r:.80}")
-    if not (values.get("num_attention_heads") or 1) > 0:
-        raise UserError(
-            f"config.json: num_attention_heads={values['num_attention_heads']} must be positive"
-        )
+    heads = values.get("num_attention_heads")
+    if heads is not None and heads <= 0:
+        raise UserError(f"config.json: num_attention_heads={heads} must be positive")
 
 
 def _check_token_ids(values: Mapping[str, Any], vocab_size: int) -> None:
@@ -231,6 +230,9 @@ def _check_numbers(rope: Mapping[str, Any]) -> None:
 
 def _derived(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The fields that the file leaves out and Transformers derives."""
+    for name in ("num_attention_heads", "hidden_size"):
+        if values.get(name) is None:
+            raise KeyError(name)
     heads = values["num_attention_heads"]
     rules = {
         "head_dim": family.head_dim or values["hidden_size"] // heads,
