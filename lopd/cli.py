@@ -51,6 +51,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", l
 WORKDIR = flags.DEFINE(
     _PathParser(), "workdir", None, "Where artefacts go.", serializer=flags.ArgumentSerializer()
 )
+"""Where artefacts go."""
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
 WORKER = flags.DEFINE_string("worker", "", "i/N: sample part i of N (from 0), to be merged.")
 
