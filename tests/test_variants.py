@@ -21,6 +21,7 @@ from lopd.machine import devices
 from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
 from lopd.stages.run import Run
+from lopd.stages.scored import heldout_settings
 from lopd.stages.weights import PARAMS
 
 VOCAB, STORED_K, RECORDS = 21, 8, 24
@@ -62,9 +63,9 @@ def make_records(seed: int, count: int) -> list[dict]:
     return records
 
 
-def write_cache(path, records, sft: str, tokenizer: str, top_k: int = STORED_K) -> None:
+def write_cache(path, records, sft: str, settings: dict, top_k: int = STORED_K) -> None:
     artefact = Artefact(path)
-    artefact.begin(path.name, {"tokenizer": tokenizer}, {})
+    artefact.begin(path.name, settings, {})
     fields = SCORED_FIELDS | top_k_fields(top_k)
     records = [{name: r[name] for name in fields} for r in records]
     counted = totals.of_responses(records) | totals.of_scores(records)
@@ -96,12 +97,12 @@ def write_artefacts(tmp_path_factory):
     orbax.save_params(artefact.path / PARAMS, params)
     sft = params_fingerprint(params)
     artefact.finish({"model": dataclasses.asdict(model), "fingerprint": sft, "teacher": "t"})
-    tokenizer = opened.tokenizer.fingerprint
-    write_cache(folder / "precompute", make_records(1, RECORDS), sft, tokenizer)
-    write_cache(folder / "plain", make_records(1, RECORDS), sft, tokenizer, top_k=0)
-    write_cache(folder / "heldout", make_records(2, 8), sft, tokenizer)
+    cache, heldout = {"tokenizer": opened.tokenizer.fingerprint}, heldout_settings(opened)
+    write_cache(folder / "precompute", make_records(1, RECORDS), sft, cache)
+    write_cache(folder / "plain", make_records(1, RECORDS), sft, cache, top_k=0)
+    write_cache(folder / "heldout", make_records(2, 8), sft, heldout)
     few = [{**r, **{name: r[name][:, :4] for name in top_k_fields(4)}} for r in make_records(2, 8)]
-    write_cache(folder / "few", few, sft, tokenizer, top_k=4)
+    write_cache(folder / "few", few, sft, heldout, top_k=4)
     return folder
 
 

@@ -28,7 +28,7 @@ def _generation(run: Run) -> dict[str, Any]:
     source = student_source(run)
     path = source[1] / hugging_face.GENERATION if source else None
     stated = hf_config.read_json(path) if path and path.is_file() else {"do_sample": False}
-    ends = list(run.tokenizer.end_ids)
+    ends = list(run.end_ids)
     return {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
