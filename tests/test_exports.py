@@ -10,6 +10,7 @@ import random
 import re
 import stat
 import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -20,9 +21,9 @@ import sentencepiece
 import tokenizers
 import transformers
 from etils import epath
-from helpers.commands import REPOSITORY, command, environment
+from helpers.commands import REPOSITORY, environment
 from helpers.models import MOE, TIED, random_params
-from helpers.tiny_run import open_run, save_models, tiny_settings, use_one_device
+from helpers.tiny_run import SETTINGS, open_run, save_models, tiny_settings, use_one_device
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
@@ -212,8 +213,8 @@ def save_student(workdir, **changes):
     model = opened.model("student")
     params = jax.device_put(random_params(model, 5), param_shardings(model, opened.mesh))
     artefact = Artefact(workdir / "opd")
-    opd = dataclasses.asdict(opened.settings.opd)
-    artefact.begin("opd", {"opd": opd, "seed": 0}, {"sft": "a" * 16, "precompute": "b" * 16})
+    made_of = {"sft": "a" * 16, "precompute": "b" * 16}
+    artefact.begin("opd", load_stage("opd").settings(opened), made_of)
     orbax.save_params(artefact.path / PARAMS, params)
     outputs = {"model": dataclasses.asdict(model), "fingerprint": params_fingerprint(params)}
     artefact.finish(outputs)
@@ -393,7 +394,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(tmp_path):
     """A real one: a small file system, mounted where the export goes."""
     save_student(tmp_path)
     (tmp_path / "export").mkdir()
-    exported = [*command(tmp_path, "export")]
+    exported = [
+        *(sys.executable, "-m", "lopd.main", "--stages=export", f"--workdir={tmp_path}"),
+        f"--config={REPOSITORY}/configs/tiny.py",
+        *(f"--config.{name}={value}" for name, value in SETTINGS.items()),  # as save_student's
+    ]
     script = (
         f"mount -t tmpfs -o size=150k tmpfs {tmp_path}/export && {{ "
         + " ".join(f"'{word}'" for word in exported)

@@ -31,6 +31,7 @@ from lopd.machine import devices
 from lopd.machine.storage import absolute
 from lopd.models.shardings import param_shardings
 from lopd.stages.run import Run
+from lopd.stages.stage import load_stage
 from lopd.stages.weights import PARAMS
 
 SETTINGS = {
@@ -71,7 +72,7 @@ def save_models(folder: pathlib.Path, first_seed: int = 0, **changes) -> None:
         params = random_params(opened.model(which), seed)
         params = jax.device_put(params, param_shardings(opened.model(which), opened.mesh))
         artefact = Artefact(folder / stage)
-        artefact.begin(stage, {}, {})
+        artefact.begin(stage, load_stage(stage).settings(opened), {})
         orbax.save_params(artefact.path / PARAMS, params)
         fingerprint = params_fingerprint(params)
         teacher = teacher or fingerprint
