@@ -17,18 +17,27 @@ def _read(text: str) -> list:
     return parse(rf"\boxed{{{text}}}", _EXTRACTION, parsing_timeout=None)
 
 
+def _readable(text: str) -> bool:
+    try:
+        gold = _read(text)
+        as_value = any(not isinstance(value, str) for value in gold)
+        return as_value and verify(gold, gold, timeout_seconds=None)
+    except MemoryError:
+        raise
+    except Exception:  # whatever a strange text provokes
+        return False
+
+
 def answer(request: dict) -> dict:
     """Whether the answer equals the reference, and what equal answers share.
 
     Without an answer, whether the reference can be read. What is read as a text alone would equal
     no other way of writing it.
     """
-    gold = _read(request["gold"])
     if "answer" not in request:
-        readable = any(not isinstance(value, str) for value in gold)
-        readable = readable and verify(gold, gold, timeout_seconds=None)
         said = f"math-verify cannot read the reference answer {request['gold']!r:.80}"
-        return {} if readable else {"error": said}
+        return {} if _readable(request["gold"]) else {"error": said}
+    gold = _read(request["gold"])
     try:
         found = _read(request["answer"])
         correct = bool(found) and verify(gold, found, timeout_seconds=None)
