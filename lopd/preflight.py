@@ -128,6 +128,31 @@ def _check_read(run: Run, stages: tuple[str, ...]) -> None:
             made.check("settings", load_stage(name).settings(run))
 
 
+def _reads(run: Run, name: str) -> set[str]:
+    """The stages whose artefacts a stage reads itself, if they are there."""
+    info = stage_info(name)
+    return {*info.needs(run.settings), *info.reads_if_there, *load_stage(name).reads(run)}
+
+
+def _check_undamaged(run: Run, stages: tuple[str, ...]) -> None:
+    """Refuses artefacts that the stages read and do not make, if one of their files is damaged.
+
+    Theirs are looked at, and made again, in their turn.
+    """
+    made = {name for name in stages if not _is_given(run, name)}
+    found = ""
+    for name in sorted(set().union(*(_reads(run, name) for name in made)) - made):
+        if processes.is_main() and run.exists(name) and not found:
+            artefact = run.input(name)
+            for file, wrong in artefact.damaged().items():
+                found = found or f"{artefact.path / file} {wrong}"
+    if processes.any_process(bool(found)):
+        found = found or "the first process has found damage"
+        raise UserError(
+            f"{found}: restore it, or run its stage again, which makes what is damaged again"
+        )
+
+
 def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
     """Refuses what is there and was made from other settings, and what is needed and not there.
 
@@ -151,6 +176,7 @@ def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:
         needs = stage_info(name).needs(run.settings)
         if needs and all(run.exists(n) and (_is_given(run, n) or n not in stages) for n in needs):
             load_stage(name).inputs(run)
+    _check_undamaged(run, stages)
 
 
 def _is_given(run: Run, name: str) -> bool:

@@ -343,19 +343,24 @@ def test_damage_to_what_is_finished_is_named_and_made_again(whole, tmp_path):
         assert made[0] == made[1]
 
 
-def test_damaged_weights_are_found(whole, tmp_path):
-    """One flipped bit in the SFT weights, and a bit in the cache, stop OPD before it starts."""
-    import shutil
+def test_damage_to_what_another_stage_reads_is_named(whole, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "eval")
+    shutil.rmtree(workdir / "export")
+    empty(workdir / "sft" / "params" / "_METADATA")
+    refused(run(workdir, "eval"), str(workdir / "sft" / "params"), "damaged", "run its stage again")
+    shutil.copytree(whole[0] / "sft", workdir / "sft", dirs_exist_ok=True)
+    cut(workdir / "opd" / "params" / "manifest.ocdbt")
+    refused(run(workdir, "export", opd__steps=6), str(workdir / "opd" / "params"), "damaged")
 
-    shutil.copytree(whole[0], tmp_path / "w")
-    shutil.rmtree(tmp_path / "w" / "opd")
-    shard = next((tmp_path / "w" / "precompute").glob("*array_record-00002*"))
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(content)
-    (tmp_path / "w" / "report.html").unlink()
-    done = run(tmp_path / "w", "opd")
-    refused(done, shard.name, "damaged")
-    # A run that failed leaves its page too.
-    assert f"report: {tmp_path / 'w' / 'report.html'}" in done.stdout
-    assert "Not finished: opd." in (tmp_path / "w" / "report.html").read_text()
+
+def test_damaged_caches_are_found(whole, tmp_path):
+    """One flipped bit in the cache stops OPD before it starts."""
+    workdir = tmp_path / "w"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "opd")
+    shard = next((workdir / "precompute").glob("*array_record-00002*"))
+    flip(shard)
+    refused(run(workdir, "opd"), shard.name, "damaged")
+    assert not (workdir / "opd").exists()
