@@ -12,7 +12,7 @@ from lopd.config.catalogue import CATALOGUE, STAGES, stage_info
 from lopd.config.settings import Settings
 from lopd.errors import UserError
 from lopd.machine import devices, lock, processes, shutdown
-from lopd.machine.storage import absolute, remove_leftovers
+from lopd.machine.storage import absolute
 from lopd.preflight import stage_of
 from lopd.report import notices, rows
 from lopd.stages.origins import Adopted, Given
@@ -136,9 +136,7 @@ def run_stage(run: Run, name: str, title: str) -> None:
     _say(f"{title}{': continued' if artefact.manifest else ''}")
     processes.barrier(f"{name}: state read")  # before it changes
     start = time.perf_counter()
-    artefact.begin(name, settings, inputs)
-    if processes.is_main() and not (adopted and run.worker):  # which workers share
-        remove_leftovers(artefact.path)
+    artefact.begin(name, settings, inputs, shared=adopted and run.worker is not None)
     before = artefact.manifest.seconds
     outputs = stage_of(run, name).run(run, artefact)
     artefact.manifest.seconds = before + time.perf_counter() - start

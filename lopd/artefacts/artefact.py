@@ -25,6 +25,7 @@ from lopd.machine.storage import (
     absolute,
     file_sha256,
     make_folder,
+    remove_leftovers,
     sync,
     sync_tree,
     write_atomically,
@@ -140,12 +141,20 @@ class Artefact:
                 f"use another --workdir, or delete {self.path}"
             )
 
-    def begin(self, stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
-        """Opens the artefact for work, keeping what an interrupted run has finished."""
+    def begin(
+        self, stage: str, settings: dict[str, Any], inputs: dict[str, Any], shared: bool = False
+    ) -> None:
+        """Opens the artefact for work, keeping what an interrupted run has finished.
+
+        What it has not finished is deleted, unless others, with whom the folder is `shared`, may
+        be at it.
+        """
         if self.manifest is None:
             make_folder(self.path)
             own = json.loads(json.dumps([settings, inputs]))  # as they will be read
             self.manifest = Manifest(stage, *own)
+        if processes.is_main() and not shared:
+            remove_leftovers(self.path)
         self.save()
 
     def reload(self) -> None:
