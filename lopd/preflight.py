@@ -4,6 +4,7 @@ import jax
 
 from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.cache.reader import check_cache, check_whole
+from lopd.checkpoints import peft_adapter
 from lopd.checkpoints.hugging_face import check_checkpoint
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, stage_info
 from lopd.config.checks import check_settings as check_settings_alone
@@ -18,7 +19,7 @@ from lopd.stages.objective import check_objective
 from lopd.stages.origins import Adopted, Given, Made
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage, load_stage
-from lopd.stages.weights import check_shape
+from lopd.stages.weights import check_adapters, check_shape
 
 _EXAMPLES = 8
 """Problems of each set that the checkpoints' templates are compared on."""
@@ -83,6 +84,7 @@ def check_settings(run: Run, stages: tuple[str, ...]) -> None:
         _check_positions(run, which, stages)
         check_divisible(model, run.mesh, f"{which}.model")
         check_vocabulary(run.tokenizer, model.vocab_size, f"the embedding of {which}.model")
+    check_adapters(run)
     top_k = settings.precompute.teacher_top_k
     if top_k and _uses_teacher(run, stages) and top_k > run.model(TEACHER).vocab_size:
         raise UserError(f"precompute.teacher_top_k={top_k}: the teacher has fewer tokens")
@@ -188,8 +190,12 @@ def _check_checkpoints(run: Run, stages: tuple[str, ...]) -> None:
     models = {"sft": STUDENT, "teacher": TEACHER}
     origins = {name: run.origin(name) for name in models}
     # Resolved now, so that what is missing shows before any work.
-    folders = [(x.folder, models[n]) for n, x in origins.items() if isinstance(x, Adopted)]
-    if run.settings.student.checkpoint:
+    folders = [
+        (x.folder, models[n])
+        for n, x in origins.items()
+        if isinstance(x, Adopted) and not peft_adapter.is_adapter(x.folder)
+    ]
+    if run.base_checkpoint:
         folders.append((run.base_folder, STUDENT))
     for folder, which in folders:
         check_checkpoint(folder, run.model(which), f"{which}.model")

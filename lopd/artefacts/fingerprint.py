@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lopd.models.low_rank import Adapter
+
 
 def _leaf_hash(x: jax.Array) -> jax.Array:
     """Two uint32 sums over position-mixed bit patterns.
@@ -31,11 +33,19 @@ def _tree_hash(params):
 
 
 def params_fingerprint(params: Any) -> str:
-    """16 hex digits that identify a parameter tree: names, shapes and float32 values."""
+    """16 hex digits that identify a parameter tree: names, shapes and float32 values.
+
+    Adapters count beside the weights that they lie on, with what they are multiplied by, and not
+    merged into them: the last bits of that product depend on the machine.
+    """
     hashes = jax.device_get(_tree_hash(params))
     digest = hashlib.sha256()
     shapes = jax.tree.leaves(jax.tree.map(lambda x: str(x.shape), params))
     leaves = jax.tree_util.tree_leaves_with_path(hashes)
     for (path, value), shape in zip(leaves, shapes, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)}{shape}{value.tolist()}".encode())
+    is_adapter = lambda x: isinstance(x, Adapter)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter):
+        if is_adapter(leaf):
+            digest.update(f"{jax.tree_util.keystr(path)} alpha {leaf.alpha!r}".encode())
     return digest.hexdigest()[:16]

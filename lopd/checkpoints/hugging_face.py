@@ -33,6 +33,7 @@ from lopd.machine import processes, sharding
 from lopd.machine.reading import check_file_names
 from lopd.machine.storage import check_url, is_local, write_atomically
 from lopd.models.decoder_config import DecoderConfig
+from lopd.models.low_rank import merged_layer
 from lopd.models.parameters import HEAD_NAME, Params, parameters
 from lopd.models.shardings import abstract_params_on, check_divisible
 
@@ -315,10 +316,14 @@ def _check_repeated_head(path: epath.Path, embed: jax.Array, head: StoredTensor)
 
 @functools.partial(jax.jit, static_argnames=("shape", "transposed", "dtype"))
 def _extract(param, index, *, shape, transposed, dtype):
-    """One tensor in the file's layout and type."""
-    sizes = (1,) * len(index) + param.shape[len(index) :]
-    start = (*index, *(0,) * (param.ndim - len(index)))
-    part = jax.lax.dynamic_slice(param, start, sizes).astype(dtype)
+    """One tensor in the file's layout and type, its adapter merged into it."""
+
+    def take(x):
+        sizes = (1,) * len(index) + x.shape[len(index) :]
+        start = (*index, *(0,) * (x.ndim - len(index)))
+        return jax.lax.dynamic_slice(x, start, sizes).reshape(x.shape[len(index) :])
+
+    part = merged_layer(jax.tree.map(take, param)).astype(dtype)
     return part.reshape(shape[::-1]).T if transposed else part.reshape(shape)
 
 
@@ -352,7 +357,7 @@ def save_checkpoint(
     Args:
       path: the folder; it must exist.
       config: the model's shape.
-      params: its (stacked) parameters, on any mesh.
+      params: its (stacked) parameters, on any mesh; adapters are merged.
       end_id: the token that ends a response.
       dtype: type of the stored weights; that of the parameters when None.
       generation: the content of generation_config.json; greedy up to `end_id` when None.

@@ -129,14 +129,47 @@ class TeacherSettings(TrainingRecipe):
     """Of its cross-entropy, towards the uniform distribution."""
 
 
+ADAPTED_GROUPS = ("attention", "mlp")
+"""Groups of matrices that can have adapters, as `student.lora.targets` names them."""
+ADAPTED_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+"""Single matrices that can have one, by their names in Hugging Face's files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv 2106.09685), trained in place of the student's weights W.
+
+    A matrix becomes W + alpha / rank · A B, W stays as it is. There is no dropout.
+    """
+
+    rank: int | None = setting(None, POSITIVE)
+    """Columns of A and rows of B; None: no adapters, all weights are trained."""
+    alpha: float = setting(32.0, POSITIVE)
+    """What A B is multiplied by, times the rank."""
+    targets: tuple[str, ...] = setting(
+        ADAPTED_GROUPS,
+        Domain(
+            f"name some of {', '.join((*ADAPTED_GROUPS, *ADAPTED_MODULES))}",
+            lambda x: len(x) > 0 and {*x} <= {*ADAPTED_GROUPS, *ADAPTED_MODULES},
+        ),
+    )
+    """Matrices that have adapters: of attention, of MLPs, or single ones by their names in Hugging
+    Face's files. A mixture of experts can have them on attention only."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StudentSettings:
-    """The base student."""
+    """The base student, and what of it is trained."""
 
     checkpoint: str | None = path_setting()
     """A Hugging Face checkpoint; None: random weights."""
     model: Mapping[str, Any] = setting({})
     """Its shape; empty: that of the checkpoint."""
+    lora: LoraSettings = LoraSettings()
+    """Adapters, for `sft`, `opd`, `online` and `control` alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +185,8 @@ class SftSettings(TrainingRecipe):
     """Fine-tuning of the base student."""
 
     checkpoint: str | None = path_setting()
-    """Instead of training one: a finished `sft` directory, or a Hugging Face checkpoint, and then
-    `teacher` says who wrote its data."""
+    """Instead of training one: a finished `sft` directory, a Hugging Face checkpoint or a PEFT
+    adapter, and then `teacher` says who wrote its data."""
     teacher: str | None = path_setting()
     """Who wrote the SFT data, where this run cannot know: the name in `teacher.checkpoint`, or
     any other."""

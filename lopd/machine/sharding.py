@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "expert": None,
     "norm": None,
+    "rank": None,
     # activations, batches and caches
     "rows": ("data", "fsdp"),
     "group_rows": "data",  # the rows of an fsdp group together

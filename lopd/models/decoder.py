@@ -157,10 +157,12 @@ def output_head(params: Params) -> jax.Array:
 
 
 def compute_params(config: DecoderConfig, params: Params) -> Params:
-    """Stacked parameters with the layers' matrices and biases in the compute type."""
+    """Stacked parameters with the layers' matrices (adapters too) and biases in the compute
+    type."""
 
-    def cast(row: Parameter, x: jax.Array) -> jax.Array:
-        return x if row.kind == "norm" else x.astype(config.compute_dtype)
+    def cast(row: Parameter, x: jax.Array | StoredWeight) -> jax.Array | StoredWeight:
+        cast_one = lambda x: x.astype(config.compute_dtype)  # noqa: E731
+        return x if row.kind == "norm" else jax.tree.map(cast_one, x)
 
     return {
         **params,

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lopd.models import decoder
+from lopd.models.low_rank import merged_layer
 from lopd.models.parameters import Parameter, parameter_table
 from lopd.models.projection import OutputFirst
 
@@ -27,7 +28,8 @@ def to_inference_params(
 
     Separate layers let a cached forward update each layer's key/value buffers in place, which a
     scan over stacked layers cannot (it would copy the whole cache every token). On CPU what
-    the table calls `output_first` is stored so.
+    the table calls `output_first` is stored so. Adapters are merged into their matrices, in float32
+    and one layer at a time, before anything is rounded.
 
     Args:
       config: the model's shape.
@@ -51,10 +53,17 @@ def to_inference_params(
         return jax.tree.map(store, rows, stacked)
 
     def convert(params):
-        params = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
-        weights = lambda i: lambda x, order: x[i].transpose(order)  # noqa: E731
+        cast = lambda x: x.astype(config.compute_dtype)  # noqa: E731
+
+        def weights(i):
+            return lambda x, order: cast(
+                merged_layer(jax.tree.map(lambda part: part[i], x))
+            ).transpose(order)
+
         layers = (one_layer(params["layers"], weights(i)) for i in range(config.num_hidden_layers))
-        return {**params, "layers": tuple(layers)}
+        return {name: cast(x) for name, x in params.items() if name != "layers"} | {
+            "layers": tuple(layers)
+        }
 
     def sharding(x, order):
         return NamedSharding(x.mesh, PartitionSpec(*(x.spec[1 + axis] for axis in order)))

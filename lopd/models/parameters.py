@@ -182,7 +182,8 @@ def decay_mask(params: Params) -> Params:
     """Which leaves weight decay pulls to zero, as a tree of bools like `params`.
 
     Args:
-      params: the parameters of any decoder, or a part of them under their own paths.
+      params: the parameters of any decoder, or a part of them under their own paths, or adapters
+        under those of their matrices.
 
     Raises:
       KeyError: for a leaf that is not in the table.
@@ -190,6 +191,8 @@ def decay_mask(params: Params) -> Params:
 
     def decays(path, leaf) -> bool:
         del leaf
-        return _ALL[tuple(key.key for key in path)].decays
+        # Of an adapter, what names its halves is an attribute and no key: it decays as its matrix.
+        keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return _ALL[tuple(keys)].decays
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -18,10 +18,11 @@ from lopd.artefacts.manifest import Costs
 from lopd.cache import reader, totals, writer
 from lopd.cache.codec import shard_name
 from lopd.cache.fields import REF_SCORED_FIELDS, SCORED_FIELDS, top_k_fields
-from lopd.config.settings import RuntimeSettings, SamplingSettings
+from lopd.config.settings import LoraSettings, RuntimeSettings, SamplingSettings
 from lopd.machine import devices, processes
 from lopd.machine.progress import bar
 from lopd.models import decoder, inference, memory
+from lopd.models.low_rank import abstract_adapters_on
 from lopd.models.shardings import abstract_params_on, param_shardings
 from lopd.models.token_scores import TokenScores
 from lopd.rollouts import stream
@@ -116,6 +117,8 @@ class Scorer:
     """Packed rows in one pass."""
     top_k: int = 0
     """How many of the most likely tokens it reports besides."""
+    lora: LoraSettings | None = None
+    """Its adapters, if it is trained by them."""
 
     def dispatcher(self, params: decoder.Params) -> Dispatch:
         """See `Dispatch`."""
@@ -146,9 +149,18 @@ class Scorer:
         )
 
     def weight_bytes(self, dtype: str | None = None) -> int:
-        """Bytes per device that its weights take, as they are held or in another type."""
+        """Bytes per device that its weights take, as they are held or merged in another type."""
         tree = abstract_params_on(self.model, self.mesh, dtype or self.dtype)
-        return memory.bytes_per_device(tree)
+        adapters = self._adapters() if dtype is None else {}
+        return memory.bytes_per_device((tree, adapters))
+
+    def moment_bytes(self) -> int:
+        """Bytes per device that an optimizer's two moments of what is trained take."""
+        trained = self._adapters() or abstract_params_on(self.model, self.mesh)
+        return 2 * memory.bytes_per_device(trained)
+
+    def _adapters(self) -> decoder.Params:
+        return abstract_adapters_on(self.model, self.lora, self.mesh) if self.lora else {}
 
 
 def add_teacher_scores(records: Sequence[dict], by_teacher: Sequence[TokenScores]) -> None:
@@ -163,13 +175,15 @@ def add_teacher_scores(records: Sequence[dict], by_teacher: Sequence[TokenScores
 def resident_bytes(student: Scorer, teacher: Scorer, optimizer: bool = False) -> int:
     """Bytes per device that student and teacher take together while the student samples.
 
-    The student is there in float32, for the scoring pass that must equal training's, and in its
-    compute type for decoding if that is another. With `optimizer`, its two moments are there too.
+    The student is there as it is trained, for the scoring pass that must equal training's, and in
+    its compute type for decoding if that is another, or if adapters are merged for it. With
+    `optimizer`, the two moments of what is trained are there too.
     """
     compute = student.model.dtype
-    decoding = 0 if compute == "float32" else student.weight_bytes(compute)
-    held = (3 if optimizer else 1) * student.weight_bytes()
-    return held + decoding + teacher.weight_bytes()
+    same = compute == "float32" and not student.lora
+    decoding = 0 if same else student.weight_bytes(compute)
+    moments = student.moment_bytes() if optimizer else 0
+    return student.weight_bytes() + moments + decoding + teacher.weight_bytes()
 
 
 # The job

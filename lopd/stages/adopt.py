@@ -7,12 +7,11 @@ later reading is compared with it.
 import dataclasses
 
 from lopd.artefacts.artefact import Artefact
-from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.config.catalogue import STUDENT, stage_info
 from lopd.stages.identity import declared_teacher
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import read_checkpoint
+from lopd.stages.weights import describe, read_checkpoint, resident_dtype
 
 
 def adoption(name: str) -> Stage:
@@ -22,7 +21,10 @@ def adoption(name: str) -> Stage:
     def settings(run: Run) -> dict:
         """Which checkpoint, and as what shape."""
         model = dataclasses.asdict(run.model(which))
-        return {"checkpoint": run.origin(name).checkpoint, "model": model}
+        found = {"checkpoint": run.origin(name).checkpoint, "model": model}
+        if which == STUDENT and run.lora:
+            found["weights"] = resident_dtype(run, STUDENT)
+        return found
 
     def inputs(run: Run) -> dict:
         """For a student, the teacher that is declared to have written its data."""
@@ -33,8 +35,7 @@ def adoption(name: str) -> Stage:
         del artefact
         folder = run.origin(name).folder
         return {
-            "model": dataclasses.asdict(run.model(which)),
-            "fingerprint": params_fingerprint(read_checkpoint(run, folder, which)),
+            **describe(run, which, read_checkpoint(run, folder, which)),
             "source": str(folder),
             **inputs(run),
         }

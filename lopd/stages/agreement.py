@@ -40,9 +40,9 @@ def check_agreement(run: Run, problems: Sequence[Problem]) -> None:
         who = f"{name}.checkpoint={origin.checkpoint}"
         check_same_vocabulary(tokenizer, run.tokenizer, f"the tokenizers of {who} and the run")
         _check_templates(run, tokenizer, who, str(origin.folder), problems)
-    if run.settings.student.checkpoint:
+    if run.base_checkpoint:
         own = _of_student(run, str(run.base_folder))
-        who = f"student.checkpoint={run.settings.student.checkpoint}"
+        who = f"student.checkpoint={run.base_checkpoint}"
         if own is not None:
             check_same_vocabulary(own, run.tokenizer, f"the tokenizers of {who} and the run")
     if teacher is not None:

@@ -8,7 +8,7 @@ from lopd.config.catalogue import STUDENT
 from lopd.stages import identity, training
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import load_params
+from lopd.stages.weights import load_params, to_train
 
 
 def settings(run: Run) -> dict:
@@ -24,7 +24,7 @@ def inputs(run: Run) -> dict:
 
 def train(run: Run, artefact: Artefact) -> dict:
     """Trains on from π_ref."""
-    params = load_params(run, "sft")
+    params = to_train(run, load_params(run, "sft"))
     return training.fine_tune(run, artefact, params, run.settings.control, "control")
 
 

@@ -55,7 +55,7 @@ def inputs(run: Run) -> dict:
     """The models to evaluate. A base student is known by its checkpoint, or seed and shape."""
     chosen = run.settings.eval.models
     found = {name: run.input(name).outputs["fingerprint"] for name in reads(run)}
-    checkpoint = run.settings.student.checkpoint
+    checkpoint = run.base_checkpoint
     base_is_known = checkpoint or not isinstance(run.origin("sft"), Adopted)
     if base_is_known if chosen is None else BASE in chosen:
         found[BASE] = checkpoint or "random weights"

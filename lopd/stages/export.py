@@ -3,16 +3,20 @@
 from typing import Any
 
 from lopd.artefacts.artefact import Artefact
-from lopd.checkpoints import hf_config, hugging_face
+from lopd.checkpoints import hf_config, hugging_face, peft_adapter
 from lopd.config.catalogue import STUDENT
 from lopd.data.tokenizers import SentencePieceTokenizer
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.storage import whole_file
+from lopd.models import low_rank
 from lopd.stages.card import CARD, card
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import load_params, student_source
+from lopd.stages.weights import adapter_base, load_params, student_source
+
+ADAPTER = "adapter"
+"""Name of the folder, under the artefact, that holds the adapters alone."""
 
 
 def _dtype(run: Run) -> str:
@@ -63,16 +67,23 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
 
 
 def write(run: Run, artefact: Artefact) -> dict:
-    """Writes weights, settings and tokenizer, and the model card."""
-    params, dtype = load_params(run, "opd"), _dtype(run)
+    """Writes weights, settings and tokenizer, and the model card.
+
+    A student with adapters is written with these merged, and its adapters in PEFT's format into a
+    folder beside: in the same one, Transformers would take it for an adapter.
+    """
+    params, dtype, model = load_params(run, "opd"), _dtype(run), run.model(STUDENT)
     hugging_face.save_checkpoint(
         artefact.path,
-        run.model(STUDENT),
+        model,
         params,
         end_id=run.tokenizer.end_id,
         dtype=dtype,
         generation=_generation(run),
     )
+    if lora := low_rank.shape_of(model, params):
+        adapters, base = low_rank.adapters_of(params), adapter_base(run)
+        peft_adapter.save_adapters(artefact.path / ADAPTER, model, lora, adapters, base)
     if processes.is_main():
         files = {**run.tokenizer.export_files, CARD: card(run, dtype).encode()}
         for name, content in files.items():

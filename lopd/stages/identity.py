@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from lopd.config.catalogue import STUDENT
 from lopd.stages.run import Run
 
 _PATHS = ("checkpoint", "cache", "teacher")
@@ -39,8 +40,12 @@ def sampling_settings(run: Run) -> dict:
 
 
 def model_settings(run: Run, which: str) -> dict:
-    """The shape of a model, as part of a stage's settings."""
-    return {f"{which}_model": dataclasses.asdict(run.model(which))}
+    """The shape of a model, and of its adapters if it is trained by them, as part of a stage's
+    settings."""
+    found = {f"{which}_model": dataclasses.asdict(run.model(which))}
+    if which == STUDENT and run.lora:
+        found["student_lora"] = dataclasses.asdict(run.lora)
+    return found
 
 
 def declared_teacher(run: Run) -> str:

@@ -29,7 +29,7 @@ from lopd.stages import identity, panel, scored, training
 from lopd.stages.objective import batch_contents, make_objective
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import load_params
+from lopd.stages.weights import load_params, to_train
 
 
 def settings(run: Run) -> dict:
@@ -65,8 +65,7 @@ class OnlineBatches:
         row_length = run.settings.precompute.row_length
         student, teacher = (scored.scorer(run, who, row_length) for who in (STUDENT, TEACHER))
         self._score = teacher.dispatcher(teacher.load())
-        moments = resident_bytes(student, teacher, optimizer=True)
-        moments -= resident_bytes(student, teacher)
+        moments = student.moment_bytes()
         plan = scored.sampler_plan(run, STUDENT, run.settings.precompute, "online sampling")
         sampler = plan.make(params, responses=recipe.batch_size, reserved=moments)
         # Its weights are those of the first step only; each step puts its own in their place.
@@ -147,7 +146,7 @@ def _check_room(run: Run) -> None:
 def train(run: Run, artefact: Artefact) -> dict:
     """OPD on fresh rollouts."""
     _check_room(run)
-    params, recipe = load_params(run, "sft"), run.settings.opd
+    params, recipe = to_train(run, load_params(run, "sft")), run.settings.opd
     batches, objective = OnlineBatches(run, params), make_objective(recipe)
     drift = panel.make_panel(run, batches.layout, objective)
     trained = training.train_into(

@@ -23,7 +23,7 @@ from lopd.stages.objective import (
 )
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import load_params
+from lopd.stages.weights import load_params, to_train
 
 
 def settings(run: Run) -> dict:
@@ -131,7 +131,7 @@ def train(run: Run, artefact: Artefact) -> dict:
         run,
         artefact,
         STUDENT,
-        load_params(run, "sft"),
+        to_train(run, load_params(run, "sft")),
         batches,
         objective,
         recipe,

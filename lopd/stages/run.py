@@ -11,9 +11,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lopd.artefacts.artefact import Artefact, open_complete
-from lopd.checkpoints import hf_config, hugging_face
+from lopd.checkpoints import hf_config, hugging_face, peft_adapter
 from lopd.config.catalogue import CATALOGUE, TEACHER
-from lopd.config.settings import Settings
+from lopd.config.settings import LoraSettings, Settings
 from lopd.config.values import read_key
 from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
@@ -46,7 +46,7 @@ class Run:
     @property
     def tokenizer_source(self) -> str:
         """Where the run's tokenizer is from: the one named, or the student's checkpoint."""
-        name = self.settings.tokenizer or self.settings.student.checkpoint
+        name = self.settings.tokenizer or self.base_checkpoint
         if not name and isinstance(origin := self.origin("sft"), Adopted):
             name = origin.checkpoint
         if not name:
@@ -133,14 +133,26 @@ class Run:
     @functools.cached_property
     def _student_folder(self) -> epath.Path:
         """The folder of the checkpoint that the student's shape and tokenizer are taken from."""
-        if self.settings.student.checkpoint:
-            return self.base_folder
-        return self.origin("sft").folder
+        return self.base_folder if self.base_checkpoint else self.origin("sft").folder
+
+    @functools.cached_property
+    def base_checkpoint(self) -> str | None:
+        """The base student's checkpoint: the one named, or that of an adapter that is adopted."""
+        name, origin = self.settings.student.checkpoint, self.origin("sft")
+        if not name and isinstance(origin, Adopted) and peft_adapter.is_adapter(origin.folder):
+            name = peft_adapter.read_base(origin.folder)
+        return name
 
     @functools.cached_property
     def base_folder(self) -> epath.Path:
         """The folder of the base student's checkpoint."""
-        return hugging_face.resolve_checkpoint(self.settings.student.checkpoint)
+        return hugging_face.resolve_checkpoint(self.base_checkpoint)
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The adapters that the student is trained by; None: all its weights are trained."""
+        lora = self.settings.student.lora
+        return None if lora.rank is None else lora
 
     def model(self, which: str) -> DecoderConfig:
         """The shape of the "teacher" or the "student": as set, or as its checkpoint says.
@@ -165,7 +177,7 @@ class Run:
                 model = DecoderConfig(**shape)
             except TypeError as error:
                 raise UserError(f"{which}.model: {error}") from error
-        elif which == "student" and self.settings.student.checkpoint:
+        elif which == "student" and self.base_checkpoint:
             model = hf_config.checkpoint_config(self.base_folder)
         elif isinstance(origin, Adopted):
             model = hf_config.checkpoint_config(origin.folder)

@@ -120,6 +120,7 @@ def scorer(run: Run, which: str, row_length: int) -> Scorer:
         row_length=row_length,
         rows_per_micro=run.settings.runtime.rows_per_micro,
         top_k=top_k or 0,
+        lora=run.lora if which == STUDENT else None,
     )
 
 

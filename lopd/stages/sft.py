@@ -5,7 +5,7 @@ from lopd.config.catalogue import STUDENT
 from lopd.stages import identity, training
 from lopd.stages.run import Run
 from lopd.stages.stage import Stage
-from lopd.stages.weights import base_params
+from lopd.stages.weights import base_params, to_train
 
 
 def settings(run: Run) -> dict:
@@ -16,7 +16,7 @@ def settings(run: Run) -> dict:
 
 def train(run: Run, artefact: Artefact) -> dict:
     """Trains π_ref."""
-    params = base_params(run, STUDENT)
+    params = to_train(run, base_params(run, STUDENT))
     return training.fine_tune(run, artefact, params, run.settings.sft, "sft")
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from lopd.artefacts import accounting
 from lopd.artefacts.artefact import Artefact
-from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.cache.reader import Records
 from lopd.checkpoints import orbax
 from lopd.config.catalogue import STUDENT
@@ -17,9 +16,10 @@ from lopd.data.selection import ALL_TOKENS, TokenSelection
 from lopd.models import decoder
 from lopd.objectives.sampled import Objective, cross_entropy
 from lopd.stages.run import Run
-from lopd.stages.weights import PARAMS
+from lopd.stages.weights import PARAMS, describe
 from lopd.training.drift import Drift
 from lopd.training.loop import Batches, Rounds, train
+from lopd.training.trees import merged, trainable_and_frozen
 
 
 def batch_order(run: Run, recipe: TrainingRecipe, purpose: str) -> dict:
@@ -74,15 +74,17 @@ def train_into(
     rounds: Rounds | None = None,
     router_coefficient: float = 0.0,
 ) -> Trained:
-    """Trains a model and saves its weights under the artefact."""
+    """Trains a model and saves its weights under the artefact; its adapters, if it has them."""
     model = run.model(which)
-    params = train(
+    trainable, frozen = trainable_and_frozen(params)
+    trained = train(
         artefact,
         model,
-        params,
+        trainable,
         batches,
         objective,
         recipe,
+        frozen=frozen,
         mesh=run.mesh,
         runtime=run.settings.runtime,
         metrics=run.settings.metrics,
@@ -90,13 +92,10 @@ def train_into(
         rounds=rounds,
         router_coefficient=router_coefficient,
     )
-    orbax.save_params(artefact.path / PARAMS, params)
-    outputs = {
-        "model": dataclasses.asdict(model),
-        "fingerprint": params_fingerprint(params),
-        "costs": accounting.of_training(artefact),
-    }
-    return Trained(params, outputs)
+    orbax.save_params(artefact.path / PARAMS, trained)
+    params = merged(trained, frozen)
+    costs = accounting.of_training(artefact)
+    return Trained(params, {**describe(run, which, params), "costs": costs})
 
 
 # Fine-tuning, of `sft` and `control`

@@ -66,6 +66,7 @@ class StepLog:
         start: int,
         drift: bool,
         rows: Mapping[str, Rows] = {},
+        adapter_weights: int | None = None,
     ):
         settings, kept = artefact.manifest.settings, rows.get(METRICS, NO_ROWS)
         self._writers = metrics_writers(artefact.path, start, metrics, settings, kept)
@@ -74,6 +75,7 @@ class StepLog:
             self._drift = MetricsFile(artefact.path / DRIFT, rows.get(DRIFT, NO_ROWS))
         self._bar = bar(total=recipe.steps, initial=start, label=artefact.path.name, unit="steps")
         self._model, self._peak = model, peak_flops(list(mesh.devices.flat))
+        self._adapter_weights = adapter_weights
         counts = jnp.arange(recipe.steps)
         self._rates = np.asarray(jax.vmap(learning_rate_schedule(recipe))(counts) + 0.0 * counts)
         self.start_clock()
@@ -99,7 +101,7 @@ class StepLog:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         positions = (float(metrics[name]) for name in ("positions", "positions_squared"))
-        row["flops"] = training_flops(self._model, *positions)
+        row["flops"] = training_flops(self._model, *positions, self._adapter_weights)
         row["seconds"] = seconds
         row["learning_rate"] = float(self._rates[item.step - 1])
         row["tokens_per_second"] = row["tokens"] / seconds

@@ -12,12 +12,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from lopd.artefacts.artefact import Artefact
+from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.checkpoints import orbax
 from lopd.config.settings import MetricsSettings, RuntimeSettings, TrainingRecipe
 from lopd.data.batches import put_batch
 from lopd.data.layout import Batch, Layout
 from lopd.machine import processes, shutdown
 from lopd.models import decoder
+from lopd.models.low_rank import adapter_weights
 from lopd.objectives.sampled import Objective
 from lopd.training import failure
 from lopd.training.drift import Drift
@@ -71,6 +73,7 @@ def _resume(
     mesh: Mesh,
     steps: int,
     runtime: RuntimeSettings,
+    identity: dict,
 ) -> tuple[TrainState, dict[str, Rows]]:
     """The state to go on from, the newest good checkpoint's or a fresh one, and its rows."""
     abstract = abstract_state(optimizer, trainable, mesh)
@@ -84,7 +87,7 @@ def _resume(
         keep_every=runtime.keep_every or 0,
     )
     check = functools.partial(check_rows, artefact.path)
-    found = orbax.restore_newest(manager, abstract, _identity(artefact), check)
+    found = orbax.restore_newest(manager, abstract, identity, check)
     if found is None:
         return create_state(optimizer, trainable, mesh), {}
     state, rows = found
@@ -93,8 +96,10 @@ def _resume(
     return state.replace(finite=finite), rows
 
 
-def _identity(artefact: Artefact) -> dict:
-    return {"settings": artefact.manifest.settings, "inputs": artefact.manifest.inputs}
+def _identity(artefact: Artefact, frozen: decoder.Params) -> dict:
+    """What a checkpoint was made with; of parameters that it does not hold, the fingerprint."""
+    made = {"settings": artefact.manifest.settings, "inputs": artefact.manifest.inputs}
+    return {**made, "frozen": params_fingerprint(frozen)} if frozen else made
 
 
 def train(
@@ -130,7 +135,7 @@ def train(
       objective: the per-token loss.
       recipe: steps, learning rate and so on.
       frozen: the model's other parameters, which stay as they are and are in no checkpoint; None or
-        empty: there are none. What they are must show in the artefact's inputs.
+        empty: there are none. A run goes on from a checkpoint with the same ones only.
       mesh: the devices.
       runtime, metrics: the sections of the settings.
       drift: the drift panel, for OPD.
@@ -152,11 +157,35 @@ def train(
         orbax.full_disk_is_an_os_error(),
         orbax.open_manager(directory, keep, runtime.keep_every or 0) as manager,
     ):
-        state, rows = _resume(manager, artefact, trainable, optimizer, mesh, recipe.steps, runtime)
+        identity = _identity(artefact, frozen)
+        state, rows = _resume(
+            manager, artefact, trainable, optimizer, mesh, recipe.steps, runtime, identity
+        )
         start = int(state.step)
-        log = StepLog(artefact, model, recipe, metrics, mesh, start, drift is not None, rows)
+        log = StepLog(
+            artefact,
+            model,
+            recipe,
+            metrics,
+            mesh,
+            start,
+            drift is not None,
+            rows,
+            adapter_weights(trainable) or None,
+        )
         loop = _Loop(
-            artefact, manager, log, step_fn, mesh, runtime, batches, drift, rounds, state, frozen
+            artefact,
+            manager,
+            log,
+            step_fn,
+            mesh,
+            runtime,
+            batches,
+            drift,
+            rounds,
+            state,
+            frozen,
+            identity,
         )
         try:
             loop.run_rounds(start, recipe.steps)
@@ -189,6 +218,7 @@ class _Loop:
     rounds: Rounds | None
     state: TrainState
     frozen: decoder.Params
+    identity: dict
 
     def __post_init__(self):
         self.stop = processes.StopVote()
@@ -264,8 +294,7 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         self.log.sync()
-        identity = _identity(self.artefact)
-        orbax.save_state(self.manager, step, self.state, identity, self.log.rows)
+        orbax.save_state(self.manager, step, self.state, self.identity, self.log.rows)
         failure.forget_overcome(self.artefact, step)
 
     def save_now(self) -> None:
