@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,14 +15,17 @@ from helpers.models import TIED
 
 from configs import qwen3_4b, qwen3_8b
 from lopd.config import read_settings
+from lopd.config.settings import LoraSettings
 from lopd.config.values import changed
 from lopd.errors import UserError
 from lopd.hardware import CHIPS
 from lopd.models import decoder
 from lopd.models.flops import forward_flops, training_flops
+from lopd.models.low_rank import count_weights
 from lopd.models.memory import model_size
 from lopd.models.presets import PRESETS
-from lopd.plan import meshes
+from lopd.objectives.sampled import cross_entropy
+from lopd.plan import meshes, programs
 from lopd.plan.recipe import list_programs
 from lopd.plan.summary import plan
 from lopd.plan.topology import parse_topology
@@ -148,6 +152,45 @@ def test_every_stage_lists_its_programs():
         ("heldout", "scoring by π_ref"),
         ("opd", "training step"),
     ]
+
+
+def test_adapters_take_the_base_once_and_moments_of_their_own():
+    """By hand: 2 bytes of each frozen weight and 16 of each trained one, and no gradient of the
+    frozen ones: 4 FLOPs each."""
+    whole, low = SETTINGS, changed(SETTINGS, {"student.lora.rank": 32})
+    (step,), (adapted,) = (list_programs(settings, ("opd",), 8) for settings in (whole, low))
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    model, size = PRESETS["Qwen3-8B"], model_size(PRESETS["Qwen3-8B"])
+    widths = 4096 + 4096, 4096 + 1024, 4096 + 1024, 4096 + 4096, *(4096 + 12288,) * 3
+    adapters = 36 * 32 * sum(widths)
+    bytes_of = [program.work(sizes).peak_bytes for program in (step, adapted)]
+    expected = (16 - 2) * size.total + 2 * size.layers - 16 * adapters  # the layers' cast is spared
+    assert bytes_of[0] - bytes_of[1] == pytest.approx(expected, rel=1e-6)
+    flops = [program.work(sizes).flops for program in (step, adapted)]
+    matmuls = model.vocab_size * 4096 + 36 * 192_937_984
+    spared = (2 * matmuls - 6 * adapters) * 256 * 5120
+    assert flops[0] - flops[1] == pytest.approx(spared, rel=1e-3)
+    scoring = [p for p in list_programs(low, ("precompute",), 8) if "π_ref" in p.name]
+    assert scoring[0].work(sizes).peak_bytes < 24 * 2**30
+
+
+def test_programs_of_adapters_have_the_frozen_weights_as_an_argument(one_device_mesh):
+    """Lowered as planned, the step and the scoring pass of a small student take its base in
+    bfloat16 and have no moments of it."""
+    model = dataclasses.replace(TIED, dtype="bfloat16")
+    lora, recipe = LoraSettings(rank=2), SETTINGS.opd
+    shape = dict(rows=1, row_length=8)
+    step = programs.train_step(
+        model, recipe, cross_entropy(), one_device_mesh, (), lora, micro_batches=1, **shape
+    )
+    score = programs.scoring(model, one_device_mesh, lora, dtype="bfloat16", **shape)
+    count = count_weights(model, lora)
+    for lowered, copies in ((step, 3), (score, 1)):
+        leaves = [x for x in jax.tree.leaves(lowered.args_info) if jnp.issubdtype(x.dtype, jnp.floating)]
+        in_bfloat16 = sum(math.prod(x.shape) for x in leaves if x.dtype == jnp.bfloat16)
+        in_float32 = sum(math.prod(x.shape) for x in leaves if x.dtype == jnp.float32)
+        assert in_bfloat16 == model_size(model).total
+        assert 0 <= in_float32 - copies * count < 200  # the batch's own
 
 
 def run_plan(*arguments, timeout=400):

@@ -171,6 +171,13 @@ def adapter_rows(config: DecoderConfig, lora: LoraSettings) -> dict[Path, Adapte
     return found
 
 
+def count_weights(config: DecoderConfig, lora: LoraSettings) -> int:
+    """How many numbers a model's adapters have, of all layers together."""
+    rows = adapter_rows(config, lora).values()
+    one_layer = sum(math.prod(row.shape) for pair in rows for row in (pair.a, pair.b))
+    return config.num_hidden_layers * one_layer
+
+
 def _module(row: Parameter) -> str:
     return row.name.split(".")[-2]
 

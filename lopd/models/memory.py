@@ -120,14 +120,20 @@ def training_bytes(
     row_length: int,
     micro_batches: int,
     remat: str,
+    adapter_weights: int | None = None,
 ) -> float:
-    """A rough peak of one chip during an optimizer step."""
+    """A rough peak of one chip during an optimizer step, of all weights or of adapters alone."""
     size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
     tokens = rows * row_length / (mesh["data"] * mesh["fsdp"])
     kept = model.num_hidden_layers * layer_activations(model, tokens, remat)
-    state = 12 * size.total / shards
-    gradient = 4 * size.total / shards
-    if model.dtype != "float32":
+    if adapter_weights is None:
+        trained, frozen = size.total / shards, 0
+    else:
+        # Of A and B one is split over fsdp, the other over tensor.
+        trained = adapter_weights / 2 * (1 / mesh["fsdp"] + 1 / mesh["tensor"])
+        frozen = model.compute_dtype.itemsize * size.total / shards
+    state, gradient = frozen + 12 * trained, 4 * trained
+    if model.dtype != "float32" and adapter_weights is None:
         state += 2 * size.layers / shards  # XLA casts all layers at once
         if micro_batches == 1:
             gradient -= 2 * size.layers / shards

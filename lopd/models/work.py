@@ -6,7 +6,7 @@ Units: FLOPs of all chips together, bytes of one chip.
 import dataclasses
 
 from lopd.models.decoder_config import DecoderConfig
-from lopd.models.flops import forward_flops
+from lopd.models.flops import forward_flops, training_flops
 from lopd.models.memory import model_size, scoring_scratch, training_bytes
 
 
@@ -32,15 +32,19 @@ def training_work(
     context: float,
     micro_batches: int,
     remat: str,
+    adapter_weights: int | None = None,
 ) -> Work:
-    """One optimizer step: three forward passes' worth of FLOPs for `used_rows`."""
+    """One optimizer step over `used_rows`, of all weights or of so many adapters' alone."""
     size, shards = model_size(model), mesh["fsdp"] * mesh["tensor"]
     used_micro = -(-used_rows // rows)
-    update = 28 * size.total / shards  # read weights, moments and gradients; write all but those
+    trained = size.total if adapter_weights is None else adapter_weights
+    update = 28 * trained / shards  # read weights, moments and gradients; write all but those
     passes = used_micro * 3 * size.total / mesh["tensor"] * model.compute_dtype.itemsize
     shape = dict(rows=rows, row_length=row_length, micro_batches=micro_batches, remat=remat)
+    shape |= dict(adapter_weights=adapter_weights)
+    tokens = used_rows * row_length
     return Work(
-        flops=3 * forward_flops(model, used_rows * row_length, context),
+        flops=training_flops(model, tokens, 2 * tokens * context, adapter_weights),
         bytes_per_chip=update + passes,
         peak_bytes=training_bytes(model, mesh, **shape),
     )

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from lopd.config.settings import TrainingRecipe
+from lopd.config.settings import LoraSettings, TrainingRecipe
 from lopd.data.layout import Layout, abstract_batch
 from lopd.data.packing import TokenField
 from lopd.machine import devices
 from lopd.machine.sharding import on_mesh
 from lopd.models import decoder
 from lopd.models.kv_cache import CACHE_SPEC
+from lopd.models.low_rank import abstract_adapters_on, adapted
 from lopd.models.shardings import param_shardings
 from lopd.objectives.sampled import Objective
 from lopd.rollouts.scoring import score_rows
@@ -26,6 +27,7 @@ from lopd.sampling.placement import sampling_mesh
 from lopd.sampling.shapes import PROMPTS_PER_CALL, group_shape, prompts_at_once, row_shards
 from lopd.training.state import abstract_state, make_optimizer
 from lopd.training.step import make_train_step
+from lopd.training.trees import trainable_and_frozen
 
 INT_FIELDS = ("tokens", "targets", "positions", "segment_ids")
 """Integer arrays of every training batch."""
@@ -37,13 +39,16 @@ def _arrays(names, shape, dtype, sharding) -> dict:
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name in names}
 
 
-def _params(model: decoder.DecoderConfig, mesh: Mesh, dtype: str) -> decoder.Params:
-    """Stacked parameters in one type, in their sharding."""
-    return jax.tree.map(
+def _params(
+    model: decoder.DecoderConfig, mesh: Mesh, dtype: str, lora: LoraSettings | None = None
+) -> decoder.Params:
+    """Stacked parameters in one type, in their sharding, with float32 adapters if there are any."""
+    params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
         decoder.abstract_params(model),
         param_shardings(model, mesh),
     )
+    return adapted(params, abstract_adapters_on(model, lora, mesh)) if lora else params
 
 
 def train_step(
@@ -52,27 +57,35 @@ def train_step(
     objective: Objective,
     mesh: Mesh,
     token_fields: Sequence[str | TokenField] = OPD_FIELDS,
+    lora: LoraSettings | None = None,
     *,
     micro_batches: int,
     rows: int,
     row_length: int,
     remat: str = "full",
 ) -> Lowered:
-    """The optimizer step over `micro_batches` of `rows` packed rows."""
-    optimizer, params = make_optimizer(recipe), _params(model, mesh, "float32")
+    """The optimizer step over `micro_batches` of `rows` packed rows, of all weights or adapters."""
+    optimizer, dtype = make_optimizer(recipe), model.dtype if lora else "float32"
+    trainable, frozen = trainable_and_frozen(_params(model, mesh, dtype, lora))
     layout = Layout(row_length, rows, recipe.reduction, tuple(token_fields))
     batch = abstract_batch(layout, micro_batches, mesh)
-    step = make_train_step(model, optimizer, objective, params, mesh, remat)
-    return step.lower(abstract_state(optimizer, params, mesh), {}, batch)
+    step = make_train_step(model, optimizer, objective, trainable, mesh, remat)
+    return step.lower(abstract_state(optimizer, trainable, mesh), frozen, batch)
 
 
 def scoring(
-    model: decoder.DecoderConfig, mesh: Mesh, *, rows: int, row_length: int, dtype: str
+    model: decoder.DecoderConfig,
+    mesh: Mesh,
+    lora: LoraSettings | None = None,
+    *,
+    rows: int,
+    row_length: int,
+    dtype: str,
 ) -> Lowered:
-    """The forward pass that scores `rows` packed rows, by weights held in `dtype`."""
+    """The forward pass that scores `rows` packed rows; all but adapters are held in `dtype`."""
     sharding = devices.rows_sharding(mesh)
     batch = _arrays(INT_FIELDS, (rows, row_length), jnp.int32, sharding)
-    return score_rows.lower(model, mesh, 0, _params(model, mesh, dtype), batch)
+    return score_rows.lower(model, mesh, 0, _params(model, mesh, dtype, lora), batch)
 
 
 def _sampling_arguments(model, mesh: Mesh, slots: int, capacity: int) -> tuple:

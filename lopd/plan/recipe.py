@@ -8,10 +8,11 @@ from jax.stages import Lowered
 
 from lopd.checkpoints import hf_config, hugging_face
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, StageInfo
-from lopd.config.settings import Settings
+from lopd.config.settings import LoraSettings, Settings
 from lopd.config.values import read_key
 from lopd.errors import UserError
 from lopd.models.decoder import DecoderConfig
+from lopd.models.low_rank import count_weights
 from lopd.models.presets import PRESETS
 from lopd.models.work import Work, scoring_work, training_work
 from lopd.objectives.sampled import cross_entropy
@@ -61,6 +62,12 @@ def model_shape(settings: Settings, which: str) -> DecoderConfig:
     return dataclasses.replace(shape, dtype=settings.dtype) if settings.dtype else shape
 
 
+def _adapters(settings: Settings, which: str) -> LoraSettings | None:
+    """Those that a model is trained by; None for all its weights."""
+    lora = settings.student.lora
+    return lora if which == STUDENT and lora.rank is not None else None
+
+
 def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
     recipe, model = getattr(settings, info.settings_section), model_shape(settings, info.trains)
     response_length = getattr(settings, info.learns_from).response_length
@@ -69,6 +76,7 @@ def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
     used_rows = -(-recipe.batch_size // per_row)
     micro_batches = -(-recipe.batch_size // rows)
     shape = dict(rows=rows, row_length=recipe.row_length, remat=settings.runtime.remat)
+    lora = _adapters(settings, info.trains)
     objective, fields = cross_entropy(), ()
     if info.settings_section == "opd":
         objective = make_objective(recipe)
@@ -85,10 +93,11 @@ def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
             used_rows=used_rows,
             context=longest / 2,
             micro_batches=micro_batches,
+            adapter_weights=count_weights(model, lora) if lora else None,
             **shape,
         ),
         build=lambda mesh: programs.train_step(
-            model, recipe, objective, mesh, fields, micro_batches=micro_batches, **shape
+            model, recipe, objective, mesh, fields, lora, micro_batches=micro_batches, **shape
         ),
     )
 
@@ -113,7 +122,8 @@ def _scoring(settings: Settings, info: StageInfo, which: str, rows: int) -> Prog
     used_rows = _responses(settings, info) / (section.row_length // longest)
     shape = dict(rows=rows, row_length=section.row_length)
     # The student is held as it is trained.
-    dtype = model.dtype if which == TEACHER else "float32"
+    lora = _adapters(settings, which)
+    dtype = model.dtype if which == TEACHER or lora else "float32"
     return Program(
         stage=info.name,
         name=f"scoring by {'the teacher' if which == TEACHER else 'π_ref'}",
@@ -127,7 +137,7 @@ def _scoring(settings: Settings, info: StageInfo, which: str, rows: int) -> Prog
             weight_bytes=2 if dtype == "bfloat16" else 4,
             **shape,
         ),
-        build=lambda mesh: programs.scoring(model, mesh, dtype=dtype, **shape),
+        build=lambda mesh: programs.scoring(model, mesh, lora, dtype=dtype, **shape),
     )
 
 
