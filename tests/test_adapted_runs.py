@@ -11,14 +11,14 @@ import peft
 import pytest
 import torch
 from helpers.models import random_params, transformers_model
-from helpers.tiny_run import interrupt, open_run, run, tiny_settings
+from helpers.tiny_run import interrupt, open_run, run, save_models, tiny_settings
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.checkpoints import hugging_face, peft_adapter
 from lopd.errors import UserError
-from lopd.models.low_rank import LowRank, base_of, is_stored, merged_params
+from lopd.models.low_rank import LowRank, adapters_of, base_of, is_stored, merged_params
 from lopd.stages.weights import load_params
 
 SMALL = {
@@ -250,6 +250,27 @@ def test_adapters_start_on_a_whole_sft_checkpoint(tiny_models, base, tmp_path):
     assert abs(metrics(workdir, "opd")[0]["importance_weight"] - 1) < 1e-6
     config = json.loads((workdir / "export" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
+
+
+def test_in_bfloat16_the_base_lies_in_bfloat16(base, tmp_path):
+    """Adapters and their moments stay in float32, and rounding merged weights costs little."""
+    changes = {
+        "dtype": "bfloat16",
+        "student__checkpoint": str(base),
+        "sft__checkpoint": "",
+        "sft_data__prompts": 8,
+    }
+    models = tmp_path / "models"
+    save_models(models, dtype="bfloat16")
+    workdir = adapted_run(models, tmp_path, "sft_data", "sft", "precompute", "opd", **changes)
+    params = load_params(opened(models, workdir, **changes), "opd")
+    assert {x.dtype.name for x in jax.tree.leaves(base_of(params))} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(adapters_of(params))} == {"float32"}
+    state = ocp.StandardCheckpointer().restore(workdir / "opd" / "checkpoints" / "4" / "state")
+    assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim > 1} == {"float32"}
+    gap = manifest(workdir, "precompute")["outputs"]["sampler_scorer_gap"]
+    assert gap["mean"] < 0.01 and gap["max"] > 0
+    assert abs(metrics(workdir, "opd")[0]["importance_weight"] - 1) < 1e-3
 
 
 def test_refreshed_rounds_are_sampled_by_the_merged_student(tiny_models, whole, base, tmp_path):

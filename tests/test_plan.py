@@ -186,7 +186,9 @@ def test_programs_of_adapters_have_the_frozen_weights_as_an_argument(one_device_
     score = programs.scoring(model, one_device_mesh, lora, dtype="bfloat16", **shape)
     count = count_weights(model, lora)
     for lowered, copies in ((step, 3), (score, 1)):
-        leaves = [x for x in jax.tree.leaves(lowered.args_info) if jnp.issubdtype(x.dtype, jnp.floating)]
+        leaves = [
+            x for x in jax.tree.leaves(lowered.args_info) if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
         in_bfloat16 = sum(math.prod(x.shape) for x in leaves if x.dtype == jnp.bfloat16)
         in_float32 = sum(math.prod(x.shape) for x in leaves if x.dtype == jnp.float32)
         assert in_bfloat16 == model_size(model).total
