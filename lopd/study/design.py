@@ -26,6 +26,8 @@ _SHARED = ("teacher", "sft")
 """The models that arms have in common."""
 
 _BEFORE = ("seed", "teacher", "student", "sft", "eval")
+_AFTER = "student.lora."
+"""What of these may differ nevertheless: adapters may begin after π_ref."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Study:
         """
         what = f"arm {arm.name!r}"
         for key in arm.overrides:
-            if key.partition(".")[0] in _BEFORE:
+            if key.partition(".")[0] in _BEFORE and not key.startswith(_AFTER):
                 raise UserError(
                     f"{what}: {key} is settled before the arms part; change it in the base "
                     "settings, or give the arm a teacher with it"
