@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from helpers import mesh_measurements
+from helpers import mesh_measurements, training_run
 from helpers.models import (
     MOE,
     TIED,
@@ -353,3 +353,20 @@ def test_experts_have_none():
         random_adapters(MOE, LoraSettings(rank=2, targets=("q_proj", "up_proj")))
     made = random_adapters(MOE, LoraSettings(rank=2, targets=("attention",)))
     assert [path[-1] for path in flatten_dict(made)] == ["k", "o", "q", "v"]
+
+
+@pytest.mark.slow
+def test_training_on_a_mesh_can_be_continued_bit_for_bit(tmp_path):
+    """Killed on 2×2×2 it ends there as the whole run does, and that as on one device."""
+    options = dict(mesh=mesh_of(2, 2, 2), steps=7, checkpoint_every=3)
+    data = training_run.batches(options["mesh"])
+    whole = training_run.run(tmp_path / "whole", "adapters", data=data, **options)
+    with pytest.raises(training_run.Crash):
+        crashing = training_run.crashing(data, 6)
+        training_run.run(tmp_path / "killed", "adapters", data=crashing, **options)
+    assert training_run.run(tmp_path / "killed", "adapters", data=data, **options) == whole
+    one = training_run.run(tmp_path / "one", "adapters", **{**options, "mesh": mesh_of(1, 1, 1)})
+    for row, other in zip(one[1], whole[1], strict=True):
+        np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-6)
+        assert row["flops"] == other["flops"]
+    assert one[1][-1]["loss"] < one[1][0]["loss"]

@@ -79,7 +79,10 @@ def end(process, number: int, when) -> bool:
     return process.returncode != 0
 
 
-@pytest.mark.parametrize("objective", ["opd", pytest.param("sft", marks=pytest.mark.slow)])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "adapters")]
+
+
+@pytest.mark.parametrize("objective", ["opd", *OTHERS])
 def test_killed_at_random_instants_ends_bit_identical(whole, tmp_path, objective):
     """Every second kill comes as soon as a save is under way."""
     expected, seconds, _ = whole(objective)
@@ -165,7 +168,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("objective", ["plain", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["plain", *OTHERS])
 @pytest.mark.parametrize("where", ["8 devices", "2 processes"])
 def test_goes_on_elsewhere_with_the_same_losses(whole, tmp_path, where, objective):
     interrupted(tmp_path, objective, 9)

@@ -18,10 +18,11 @@ from jax.experimental import multihost_utils
 from helpers.models import TIED, random_params, random_records
 from lopd.artefacts.artefact import Artefact
 from lopd.artefacts.fingerprint import params_fingerprint
-from lopd.config.settings import MetricsSettings, RuntimeSettings, TrainingRecipe
+from lopd.config.settings import LoraSettings, MetricsSettings, RuntimeSettings, TrainingRecipe
 from lopd.data.batches import StepBatches, step_batches
 from lopd.data.layout import Layout
 from lopd.machine import devices, shutdown
+from lopd.models.low_rank import init_adapters
 from lopd.models.shardings import param_shardings
 from lopd.objectives.sampled import cross_entropy, lightning_opd
 from lopd.training.drift import make_drift
@@ -29,6 +30,7 @@ from lopd.training.loop import train
 
 FIELDS = ("teacher_logprobs", "ref_logprobs")
 CONFIG = dataclasses.replace(TIED, vocab_size=40)  # divides over every mesh of the tests
+LORA = LoraSettings(rank=2)
 TIMES = ("seconds", "tokens_per_second", "data_wait")
 STEPS, CHECKPOINT_EVERY = 24, 4
 LAYOUT = dict(row_length=48, rows_per_micro=8, reduction="sample_mean", token_fields=FIELDS)
@@ -110,7 +112,8 @@ def run(
     `frozen` are the names of top-level parameters that are not trained; the fingerprint is that of
     the others.
 
-    The objectives are "opd", "plain" (the same without its drift panel) and "sft".
+    The objectives are "opd", "plain" (the same without its drift panel), "adapters" (that, but of
+    adapters on frozen parameters) and "sft".
     """
     if jax.process_index() == 0:
         Artefact(path).begin(objective, {}, {})
@@ -125,10 +128,13 @@ def run(
         drift = make_drift(CONFIG, loss, mesh, every=7, heldout=heldout, layout=data.layout)
     params = random_params(CONFIG, 0) if params is None else params
     params = jax.device_put(params, param_shardings(CONFIG, mesh))
+    trainable = {name: x for name, x in params.items() if name not in frozen}
+    if objective == "adapters":
+        trainable, frozen = init_adapters(CONFIG, LORA, mesh, jax.random.key(4)), params
     params = train(
         artefact,
         CONFIG,
-        {name: x for name, x in params.items() if name not in frozen},
+        trainable,
         data,
         loss,
         TrainingRecipe(**{"steps": steps, "learning_rate": 1e-3, **dict(recipe)}),
