@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import re
@@ -26,7 +27,7 @@ from lopd.models.memory import model_size
 from lopd.models.presets import PRESETS
 from lopd.objectives.sampled import cross_entropy
 from lopd.plan import meshes, programs
-from lopd.plan.recipe import list_programs
+from lopd.plan.recipe import list_programs, model_shape
 from lopd.plan.summary import plan
 from lopd.plan.topology import parse_topology
 
@@ -172,6 +173,14 @@ def test_adapters_take_the_base_once_and_moments_of_their_own():
     assert flops[0] - flops[1] == pytest.approx(spared, rel=1e-3)
     scoring = [p for p in list_programs(low, ("precompute",), 8) if "π_ref" in p.name]
     assert scoring[0].work(sizes).peak_bytes < 24 * 2**30
+
+
+def test_an_adapter_has_the_shape_of_its_base(tmp_path):
+    base = {"base_model_name_or_path": "Qwen/Qwen3-0.6B"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    named = {"sft.checkpoint": str(tmp_path), "student.checkpoint": None}
+    found = model_shape(changed(SETTINGS, named), "student")
+    assert found == dataclasses.replace(PRESETS["Qwen3-0.6B"], dtype="bfloat16")
 
 
 def test_programs_of_adapters_have_the_frozen_weights_as_an_argument(one_device_mesh):

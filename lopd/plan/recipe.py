@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from lopd.checkpoints import hf_config, hugging_face
+from lopd.checkpoints import hf_config, hugging_face, peft_adapter
 from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER, StageInfo
 from lopd.config.settings import LoraSettings, Settings
 from lopd.config.values import read_key
@@ -51,6 +51,8 @@ def model_shape(settings: Settings, which: str) -> DecoderConfig:
     """
     section = getattr(settings, which)
     name = section.checkpoint or (settings.sft.checkpoint if which == STUDENT else None)
+    if name and not section.checkpoint and peft_adapter.is_adapter(name):
+        name = peft_adapter.read_base(name)
     if section.model:
         shape = DecoderConfig(**section.model)
     elif name and name.split("/")[-1] in PRESETS:
