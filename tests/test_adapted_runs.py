@@ -132,7 +132,7 @@ def test_losses_fall_and_ratios_begin_at_one(whole):
     assert list(models) == ["teacher", "base", "sft", "opd", "online", "control"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "opd"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("opd", marks=pytest.mark.slow)])
 def test_killed_and_continued_gives_the_same(whole, tiny_models, base, tmp_path, stage):
     """Bit for bit, from a SIGKILL in the middle of a checkpoint's writing."""
     changes = {**SMALL, "sft__checkpoint": "", "student__checkpoint": str(base)}
@@ -213,7 +213,7 @@ def trained_by_peft(base, tmp_path_factory):
     return folder, tokens, model.eval()(tokens).logits.detach().numpy()
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_by_peft_is_a_sft_checkpoint(trained_by_peft, tiny_models, tmp_path, lora):
     """With adapters it is trained on; without, its merged weights are. The base is the one that it
     names, or `student.checkpoint`."""
@@ -252,6 +252,7 @@ def test_adapters_start_on_a_whole_sft_checkpoint(tiny_models, base, tmp_path):
     assert config["base_model_name_or_path"] == str(base)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_base_lies_in_bfloat16(base, tmp_path):
     """Adapters and their moments stay in float32, and rounding merged weights costs little."""
     changes = {
