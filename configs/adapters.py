@@ -46,8 +46,6 @@ def get_study(base):
                 Arm(name, {"student.lora.rank": rank, "opd.learning_rate": rate})
                 for name, rank in ranks.items()
             ),
-            Arm("rank_8_rate_1", {"student.lora.rank": 8}),
-            Arm("all_rate_10", {"opd.learning_rate": rate}),
         ],
         sections=[
             Section(
@@ -61,14 +59,6 @@ def get_study(base):
                     *((name, "sft") for name in ranks),
                     *((name, "lightning") for name in ranks),
                 ),
-            ),
-            Section(
-                "rate",
-                "The other learning rate",
-                "Adapters at the rate of all weights, and all weights at that of adapters.",
-                arms=("rank_8", "rank_8_rate_1", "lightning", "all_rate_10"),
-                pairs=(("rank_8_rate_1", "rank_8"), ("all_rate_10", "lightning")),
-                figure="pairs",
             ),
         ],
     )

@@ -1,6 +1,7 @@
 """Pages generated from the source (settings, API), and the check that public names have docs."""
 
 import dataclasses
+import inspect
 import pathlib
 import re
 import typing
@@ -20,7 +21,6 @@ API = ROOT / "docs" / "api"
 def _texts(kind: type) -> dict[str, str]:
     """The text below each field of a class, its base classes' included."""
     import ast
-    import inspect
 
     found = {}
     for one in reversed(kind.__mro__[:-1]):
@@ -111,6 +111,11 @@ def settings_page() -> str:
         skip = _shared(kind, base) if base else frozenset()
         table = _table(kind, f"{field.name}.", skip)
         lines += table if len(table) > 3 else []
+        for part in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(inner := type(part.default)):
+                name = f"{field.name}.{part.name}"
+                lines += [f"### {name}", "", inspect.cleandoc(inner.__doc__), ""]
+                lines += _table(inner, f"{name}.", frozenset())
     return "\n".join(lines)
 
 

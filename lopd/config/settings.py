@@ -148,7 +148,7 @@ class LoraSettings:
     rank: int | None = setting(None, POSITIVE)
     """Columns of A and rows of B; None: no adapters, all weights are trained."""
     alpha: float = setting(32.0, POSITIVE)
-    """What A B is multiplied by, times the rank."""
+    """A B is multiplied by alpha / rank."""
     targets: tuple[str, ...] = setting(
         ADAPTED_GROUPS,
         Domain(

@@ -31,7 +31,7 @@ class Adapter:
     b: jax.Array
     """The rank, then the matrix's other axes."""
     alpha: float = flax.struct.field(pytree_node=False)
-    """What A B is multiplied by, times the rank."""
+    """A B is multiplied by alpha / rank."""
 
     @property
     def scale(self) -> float:
