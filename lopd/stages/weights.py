@@ -117,6 +117,8 @@ def check_shape(run: Run, stage: str) -> None:
 def load_params(run: Run, stage: str) -> decoder.Params:
     """The finished weights of a training stage, checked against its manifest.
 
+    A student's are as this run trains it: with adapters, or, where all weights are trained, merged.
+
     Raises:
       UserError: if shape or content differ from what the manifest says.
     """
@@ -140,8 +142,11 @@ def load_params(run: Run, stage: str) -> decoder.Params:
             f"{source} has fingerprint {found}, the manifest of {artefact.path} says "
             f"{expected}: the weights have changed; delete {artefact.path} and run it again"
         )
-    # Whole weights under adapters: those of the base, or of a π_ref that adapters start from.
-    return _held_in(resident_dtype(run, which), params) if which == STUDENT and not lora else params
+    if which == STUDENT and run.lora is None and lora:
+        return _held_in("float32", low_rank.merged_params(params))
+    if which == STUDENT and run.lora and not lora:  # a π_ref that adapters are to lie on
+        return _held_in(resident_dtype(run, which), params)
+    return params
 
 
 # Adapters
@@ -185,21 +190,20 @@ def adapter_base(run: Run) -> str | None:
 
 
 def to_train(run: Run, params: decoder.Params) -> decoder.Params:
-    """A student's weights with the adapters that are trained: its own, or new ones that change
-    nothing yet. Where all weights are trained, they are one array each, in float32.
+    """A student's weights with the adapters that are trained, if any are: its own, or new ones
+    that change nothing yet.
 
     Raises:
-      UserError: as `check_adapters`.
+      UserError: if its own are of another shape than `student.lora` says.
     """
     model, lora = run.model(STUDENT), run.lora
     there = low_rank.shape_of(model, params)
-    if lora is None:
-        return _held_in("float32", low_rank.merged_params(params)) if there else params
-    if there is None:
-        key = jax.random.key(run.seed("adapters"))
-        return low_rank.adapted(params, low_rank.init_adapters(model, lora, run.mesh, key))
-    _check_same(run, there, "the student that training starts from")
-    return params
+    if there:
+        _check_same(run, there, "the student that training starts from")
+    if there or lora is None:
+        return params
+    key = jax.random.key(run.seed("adapters"))
+    return low_rank.adapted(params, low_rank.init_adapters(model, lora, run.mesh, key))
 
 
 def _check_same(run: Run, there: LoraSettings, what: str) -> None:
