@@ -184,6 +184,7 @@ def test_export_is_whole_and_its_adapter_loads_in_peft(whole, tiny_models, base)
     tokens = torch.arange(3, 19)[None]
     logits = [model(tokens).logits.detach().numpy() for model in (merged, adapted)]
     np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits[0]).max())
+    assert "rank 4, alpha 32, on q_proj, k_proj" in (exported / "README.md").read_text()
     plain = transformers_model(base)(tokens).logits.detach().numpy()
     assert np.abs(plain - logits[0]).max() > 1e-2
     _, found = hugging_face.load_checkpoint(exported, opened(tiny_models, whole).mesh)

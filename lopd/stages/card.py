@@ -144,6 +144,12 @@ def _origin_rows(run: Run, base: str | None, dtype: str) -> Iterable[tuple[str, 
     made = _opd(run).manifest.settings
     if opd := made.get("opd"):
         yield "OPD", f"{_training(opd)}; {opd['objective']}, τ = {opd['tau']:g}"
+    if lora := _opd(run).outputs.get("lora"):
+        yield (
+            "adapters",
+            f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}; "
+            "merged here, and alone in `adapter/`",
+        )
     yield "seed", str(made.get("seed", settings.seed))
     yield "weights", f"stored as {dtype}"
 

@@ -85,13 +85,12 @@ def _held_in(dtype: str, params: decoder.Params) -> decoder.Params:
 def student_source(run: Run) -> tuple[str, epath.Path] | None:
     """The checkpoint that the student's weights began as: its name in the settings, its folder.
 
-    None for random weights.
+    Of an adapter that is adopted, its base. None for random weights.
     """
-    if isinstance(origin := run.origin("sft"), Adopted):
+    origin = run.origin("sft")
+    if isinstance(origin, Adopted) and not peft_adapter.is_adapter(origin.folder):
         return origin.checkpoint, origin.folder
-    if run.settings.student.checkpoint:
-        return run.settings.student.checkpoint, run.base_folder
-    return None
+    return (run.base_checkpoint, run.base_folder) if run.base_checkpoint else None
 
 
 def check_shape(run: Run, stage: str) -> None:
