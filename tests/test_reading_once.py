@@ -8,7 +8,7 @@ from helpers.tiny_run import run
 
 from lopd.checkpoints import hugging_face
 from lopd.data.tokenizers import load_tokenizer
-from lopd.stages import adopt, weights
+from lopd.stages import weights
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -28,11 +28,10 @@ def test_checkpoints_are_read_and_hashed_once_per_stage(tmp_path, monkeypatch):
         return load(path, *args, **kwargs)
 
     monkeypatch.setattr(hugging_face, "load_checkpoint", counting_load)
-    for module in (adopt, weights):
-        fingerprint = module.params_fingerprint
-        monkeypatch.setattr(
-            module, "params_fingerprint", lambda p, f=fingerprint: hashes.append(f(p)) or hashes[-1]
-        )
+    fingerprint = weights.params_fingerprint
+    monkeypatch.setattr(
+        weights, "params_fingerprint", lambda p: hashes.append(fingerprint(p)) or hashes[-1]
+    )
     given = {
         "teacher__checkpoint": str(tmp_path / "teacher"),
         "sft__checkpoint": str(tmp_path / "student"),
