@@ -119,6 +119,14 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
     assert not (tmp_path / "artefacts").exists()
 
 
+def test_adapters_may_begin_after_what_arms_share(study, tmp_path, one_device_mesh):
+    low = Arm("low", {"student.lora.rank": 2})
+    more = dataclasses.replace(study, arms=[*study.arms, low])
+    assert run.check(more, Store(absolute(tmp_path), one_device_mesh), ("low",)) == [low]
+    assert more.after_config(low, 1).student.lora.rank == 2
+    assert more.start_config(low, 1).student.lora.rank is None
+
+
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
@@ -126,6 +134,8 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
         (Arm("x", {"opd.tau": "one"}), "arm 'x': opd.tau='one' must be of type float"),
         (Arm("x", {"opd.tau": -1.0}), "arm 'x': opd.tau=-1.0 must be positive"),
         (Arm("x", {"sft.steps": 1}), "arm 'x': sft.steps is settled before the arms part"),
+        (Arm("x", {"student.checkpoint": "y"}), "student.checkpoint is settled before the arms"),
+        (Arm("x", {"student.lora.rank": -1}), "student.lora.rank=-1 must be positive"),
         (Arm("x", teacher="c"), "no teacher is called 'c'; there are plain, b"),
         (Arm("x", student="opq"), "student='opq' must be one of"),
         (Arm("sft"), "two arms are called 'sft'"),
