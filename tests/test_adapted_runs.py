@@ -18,7 +18,17 @@ from lopd.artefacts.artefact import Artefact
 from lopd.cache.reader import Records
 from lopd.checkpoints import hugging_face, peft_adapter
 from lopd.errors import UserError
-from lopd.models.low_rank import LowRank, adapters_of, base_of, is_stored, merged_params
+from lopd.models.low_rank import (
+    LowRank,
+    adapters_of,
+    base_of,
+    count_weights,
+    is_stored,
+    merged_params,
+)
+from lopd.models.memory import model_size
+from lopd.rollouts.passes import resident_bytes
+from lopd.stages.scored import scorer
 from lopd.stages.weights import load_params
 
 SMALL = {
@@ -171,6 +181,26 @@ def test_finished_adapters_on_another_base_are_refused(tiny_models, whole, base,
         )
         with pytest.raises(UserError, match=rf"lie on weights .* {name} has .*student.checkpoint"):
             load_params(this, "sft")
+
+
+def test_another_rank_is_another_artefact(whole, tiny_models, base):
+    changes = {"student__checkpoint": str(base), "student__lora__rank": 2}
+    with pytest.raises(UserError, match=r"student_lora.rank: 4 → 2"):
+        adapted_run(tiny_models, whole, "opd", **changes)
+
+
+def test_memory_counts_the_base_once_and_moments_of_adapters(tiny_models, tmp_path):
+    """Beside a teacher in float32: bfloat16 weights to score and to decode, adapters, moments."""
+    settings = {"student__lora__rank": 4, "dtype": "bfloat16"}
+    this = opened(tiny_models, tmp_path, **settings)
+    student, teacher = (scorer(this, who, 128) for who in ("student", "teacher"))
+    model = this.model("student")
+    weights, adapters = 2 * model_size(model).total, 4 * count_weights(model, this.lora)
+    assert student.weight_bytes() == weights + adapters
+    assert student.moment_bytes() == 2 * adapters
+    held = 4 * model_size(this.model("teacher")).total + 2 * weights + adapters
+    assert resident_bytes(student, teacher) == held
+    assert resident_bytes(student, teacher, optimizer=True) == held + 2 * adapters
 
 
 def test_export_is_whole_and_its_adapter_loads_in_peft(whole, tiny_models, base):

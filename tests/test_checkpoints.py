@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -176,6 +177,31 @@ def test_sft_model_from_elsewhere_needs_its_teacher_declared(files, tmp_path):
     assert done.returncode == 2 and "somebody else wrote the SFT data" in done.stderr
     done = run(files, tmp_path / "w", "precompute,opd", sft__teacher=files / "teacher", **sft)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_of_an_adapter_by_peft(files, tmp_path):
+    """The command from adapter to adapter: shape, tokenizer and weights are those of the base that
+    the adapter names."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(files / "student")
+    config = peft.LoraConfig(r=2, lora_alpha=32, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    changes = dict(
+        student__checkpoint="",
+        student__lora__rank=2,
+        student__lora__targets=("q_proj",),
+        sft__checkpoint=tmp_path / "adapter",
+        sft__teacher=files / "teacher",
+    )
+    done = run(files, tmp_path / "run", "precompute,opd,eval,export", **changes)
+    assert done.returncode == 0, done.stderr
+    models = json.loads((tmp_path / "run" / "eval" / "summary.json").read_text())["models"]
+    assert list(models) == ["teacher", "base", "sft", "opd"]
+    tokens = torch.arange(100, 120)[None]
+    export = tmp_path / "run" / "export"
+    merged = transformers.AutoModelForCausalLM.from_pretrained(export)(tokens).logits
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(export / "adapter")(tokens).logits
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5 * merged.abs().max().item())
 
 
 @pytest.mark.parametrize(
