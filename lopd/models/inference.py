@@ -56,14 +56,15 @@ def to_inference_params(
         cast = lambda x: x.astype(config.compute_dtype)  # noqa: E731
 
         def weights(i):
-            return lambda x, order: cast(
-                merged_layer(jax.tree.map(lambda part: part[i], x))
-            ).transpose(order)
+            def take(stacked, order):
+                one = merged_layer(jax.tree.map(lambda x: x[i], stacked))
+                return cast(one).transpose(order)
+
+            return take
 
         layers = (one_layer(params["layers"], weights(i)) for i in range(config.num_hidden_layers))
-        return {name: cast(x) for name, x in params.items() if name != "layers"} | {
-            "layers": tuple(layers)
-        }
+        outside = {name: cast(x) for name, x in params.items() if name != "layers"}
+        return {**outside, "layers": tuple(layers)}
 
     def sharding(x, order):
         return NamedSharding(x.mesh, PartitionSpec(*(x.spec[1 + axis] for axis in order)))
