@@ -24,6 +24,7 @@ from etils import epath
 from helpers.commands import REPOSITORY, environment
 from helpers.models import MOE, TIED, random_params
 from helpers.tiny_run import SETTINGS, open_run, save_models, tiny_settings, use_one_device
+from sentencepiece import sentencepiece_model_pb2
 
 from lopd import pipeline
 from lopd.artefacts.artefact import Artefact
@@ -52,7 +53,7 @@ HARD = [
     *("x" * 5000, "12" * 2000, "ab " * 2000, " " * 999, "\n" * 999, "</s>" * 200),
 ]
 LINES = [
-    *(REPOSITORY / "README.md").read_text().splitlines(),
+    *(REPOSITORY / "LICENSE").read_text().splitlines(),
     *5 * ["naïve café ﬁne ①② 数学の問題 한국어 🙂"],
 ]
 
@@ -91,17 +92,25 @@ def write_folder(folder, tokenizer, model=TIED):
 def assert_same_ids(folder, model: bytes):
     """Transformers, the file alone, and lopd, which reads tokenizer.json first."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model).trainer_spec
+    is_unigram = spec.model_type == spec.UNIGRAM
     pieces = processor.id_to_piece(list(range(processor.vocab_size())))
     texts = HARD + list(random_texts(pieces))
     auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     again = load_tokenizer(str(folder))
     assert type(again).__name__ == "HuggingFaceTokenizer"
+    ties = 0
     for text in texts:
         expected = processor.encode(text)
-        assert auto(text)["input_ids"] == expected, text
-        assert alone.encode(text).ids == expected, text
-        assert again.encode(text) == expected, text
+        found = auto(text)["input_ids"]
+        assert alone.encode(text).ids == found == again.encode(text), text
+        if found != expected:  # two ways to the same score, of a unigram model only
+            assert is_unigram and processor.decode(found) == processor.decode(expected), text
+            scores = [sum(processor.get_score(i) for i in ids) for ids in (found, expected)]
+            assert scores[0] == pytest.approx(scores[1], rel=1e-5), text
+            ties += 1
+    assert ties < len(texts) / 100
     assert (folder / "tokenizer.model").read_bytes() == model
     assert again.tokens == pieces and len(auto) == len(pieces)
     assert again.fingerprint == load_tokenizer(str(folder / "tokenizer.model")).fingerprint
