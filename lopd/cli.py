@@ -49,7 +49,11 @@ def path_argument(text: str) -> str:
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The settings file.", lock_config=True)
 WORKDIR = flags.DEFINE(
-    _PathParser(), "workdir", None, "Where artefacts go.", serializer=flags.ArgumentSerializer()
+    _PathParser(),
+    "workdir",
+    None,
+    "Where artefacts go; runs/NAME by default, for a settings file NAME.py.",
+    serializer=flags.ArgumentSerializer(),
 )
 """Where artefacts go."""
 STAGES = flags.DEFINE_list("stages", [], "Stages to run; those of the config by default.")
@@ -203,12 +207,23 @@ def _fail_of_flags(error: BaseException, argv: list[str]) -> NoReturn:
     raise error
 
 
+def default_workdir(config: str) -> str:
+    """Where the artefacts of a --config=FILE or FILE:ARGUMENT go if nobody says where."""
+    name, _, argument = os.path.basename(config).partition(":")
+    return os.path.join("runs", "-".join(filter(None, (name.removesuffix(".py"), argument))))
+
+
 def settings_and_workdir(argv: list[str], example: str) -> Settings:
-    """The settings of a command that needs --config and --workdir; quietens the libraries."""
+    """The settings of a command that works in a --workdir; quietens the libraries."""
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.key=value")
-    if CONFIG.value is None or not WORKDIR.value:
-        fail(f"--config=FILE and --workdir=DIR are needed, as in {example}")
+    if CONFIG.value is None:
+        fail(f"--config=FILE is needed, as in {example}")
+    if not WORKDIR.value:
+        if WORKDIR.present:
+            fail("--workdir is empty: give a directory, or leave it out for runs/NAME")
+        config = config_flags.get_config_filename(flags.FLAGS["config"])
+        flags.FLAGS["workdir"].value = default_workdir(config)
     return settings()
 
 

@@ -1,5 +1,6 @@
-"""Command line: `python -m lopd.main --config=configs/tiny.py --workdir=DIR [--stages=a,b]`.
+"""Command line: `python -m lopd.main --config=configs/tiny.py [--workdir=DIR] [--stages=a,b]`.
 
+Artefacts go to `runs/NAME`, NAME being the settings file's, or where `--workdir` says.
 Any setting can be changed with `--config.section.key=value`. Exit codes: 0 done, 2 bad input or no
 room on disk, 75 stopped by a signal with all work safe (`lopd.machine.shutdown`).
 """

@@ -121,7 +121,8 @@ def test_the_last_word_of_a_setting_counts(arguments, records):
     [
         (["--config", "README.md"], "--config=README.md: not Python"),
         (["--config", "none.py"], "--config=none.py does not exist"),
-        (["--config.opd.tau=None"], "--config=FILE and --workdir=DIR are needed"),
+        (["--config.opd.tau=None"], "--config=FILE is needed"),
+        (["--config=configs/tiny.py", "--workdir="], "--workdir is empty"),
         (
             ["--config=configs/tiny.py", "--workdir=w", "--config.sft=None"],
             "sft=None must be a section",
@@ -173,3 +174,21 @@ def test_no_plugin_for_a_platform_is_one_line(tmp_path):
     for platform in ("cuda", "quantum"):
         there = environment({"JAX_PLATFORMS": platform})
         refused(module("lopd.main", *arguments, environment=there), "JAX finds no devices")
+
+
+@pytest.mark.parametrize(
+    ("config", "workdir"),
+    [
+        ("configs/tiny.py", "runs/tiny"),
+        ("/home/me/my.recipe.py", "runs/my.recipe"),
+        ("configs/tiny.py:small", "runs/tiny-small"),
+    ],
+)
+def test_a_run_has_a_directory_of_its_own_without_being_told(config, workdir):
+    assert cli.default_workdir(config) == workdir
+
+
+def test_artefacts_go_to_runs_and_the_name_of_the_settings_file(tmp_path):
+    command = [f"--config={REPOSITORY / 'configs/tiny.py'}", "--stages=sft"]
+    done = module("lopd.main", *command, environment=environment(), cwd=tmp_path)
+    refused(done, f"{tmp_path}/runs/tiny/sft_data holds no manifest")

@@ -1,8 +1,8 @@
-"""Command line: `python -m lopd.study --config=configs/reproduction.py --workdir=DIR`.
+"""Command line: `python -m lopd.study --config=configs/reproduction.py [--workdir=DIR]`.
 
 Runs what is missing of the study and writes results.json, results.md, figures and report.html
-into DIR. Any setting that all arms share can be changed with `--config.section.key=value`. Exit
-codes as those of `lopd.main`.
+into DIR, or `runs/NAME` for a settings file NAME.py. Any setting that all arms share can be changed
+with `--config.section.key=value`. Exit codes as those of `lopd.main`.
 """
 
 import lopd.interrupts  # noqa: F401  # isort: skip

@@ -56,9 +56,9 @@ def run(*args, more_environment=(), **settings) -> subprocess.CompletedProcess:
     )
 
 
-def module(name: str, *arguments: str, environment: dict) -> subprocess.CompletedProcess:
+def module(name: str, *arguments: str, environment: dict, cwd=None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
