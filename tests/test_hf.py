@@ -439,7 +439,7 @@ def test_resolves_a_folder_and_a_hub_name(tmp_path, monkeypatch):
     assert hugging_face.resolve_checkpoint(str(tmp_path)) == tmp_path
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, **options):
         asked.append(name)
         files = ("merges.txt", "chat_template.jinja", "README.md", "tokenizer.model")
         assert all(any(fnmatch.fnmatch(x, pattern) for pattern in allow_patterns) for x in files)
@@ -456,7 +456,7 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(
-        UserError, match=r"Qwen/Qwen3-0\.6B: .*ConnectionError: no network.*HF_TOKEN"
+        UserError, match=r"Qwen/Qwen3-0\.6B: .*ConnectionError: no network.*HF_HUB_OFFLINE"
     ):
         hugging_face.resolve_checkpoint("Qwen/Qwen3-0.6B")
 

@@ -14,13 +14,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -29,7 +27,7 @@ from lopd.checkpoints import safetensors_file
 from lopd.checkpoints.hf_config import CONFIG, checkpoint_config, config_to_hf, read_json
 from lopd.checkpoints.safetensors_file import StoredTensor
 from lopd.errors import UserError
-from lopd.machine import processes, sharding
+from lopd.machine import hub, processes, sharding
 from lopd.machine.reading import check_file_names
 from lopd.machine.storage import check_url, is_local, write_atomically
 from lopd.models.decoder_config import DecoderConfig
@@ -43,7 +41,7 @@ INDEX = "model.safetensors.index.json"
 """The file that says which weights are in which of several."""
 GENERATION = "generation_config.json"
 """The file with the end tokens and defaults of sampling."""
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 """What is downloaded of a checkpoint; its README.md names its licence."""
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
@@ -116,15 +114,9 @@ def resolve_checkpoint(name_or_path: str) -> epath.Path:
     if not is_hub_name(name_or_path):
         raise UserError(f"checkpoint {name_or_path}: there is no such folder")
     try:
-        folder = huggingface_hub.snapshot_download(name_or_path, allow_patterns=_WANTED)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"checkpoint {name_or_path}: there is no such folder, and the Hugging Face hub did "
-            f"not give it ({type(error).__name__}: {reason}); check name, HF_TOKEN and network, "
-            "or give a local folder"
-        ) from error
-    return epath.Path(folder)
+        return hub.download(hub.Repository(name_or_path, "model"), None, WANTED)
+    except UserError as error:
+        raise UserError(f"checkpoint {name_or_path}: there is no such folder; {error}") from error
 
 
 def _index(path: epath.Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ A source is one of
     FILE.jsonl, FILE.parquet      or a glob of them, or a folder that holds them
     a folder prepared by TFDS     (dataset_info.json and features.json)
     tfds:NAME[/CONFIG][:VERSION]  a dataset prepared in TFDS's data directory
+    hf:OWNER/NAME[@REVISION][/SPLIT or GLOB]  a data set at the Hugging Face Hub (`lopd.data.hub`)
 
 and a row is one example. Known schemas are found by their columns (`SCHEMAS`); anything else needs
 a column map behind the source, `SOURCE?prompt=COLUMN&answer=COLUMN&response=COLUMN`. Rows are read
@@ -17,6 +18,7 @@ import hashlib
 import heapq
 import json
 import math
+import pathlib
 import re
 import unicodedata
 import urllib.parse
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lopd.data import hub
 from lopd.errors import UserError
 from lopd.machine.reading import check_regular, parse_json
 from lopd.machine.storage import check_url, is_local
@@ -215,7 +218,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
             )
         yield from _tfds_rows(source)
         return
-    files = _files(source)
+    files = hub.fetch(source) if source.startswith(hub.PREFIX) else _files(source)
     if not files:
         raise UserError(
             f"{source}: no such file, or a folder without {' or '.join(_READERS)} files"
@@ -324,6 +327,26 @@ def split_column_map(source: str) -> tuple[str, Columns | None]:
         ) from error
 
 
+def source_name(source: str) -> str:
+    """A short name for a source: of its file or folder, or of its data set at the Hub."""
+    location = split_column_map(source)[0]
+    if location.startswith(hub.PREFIX):
+        return hub.parse(location).repository.name.rpartition("/")[2]
+    return pathlib.Path(location).stem
+
+
+def pin(source: str) -> str:
+    """The source, and if it is at the Hub, with the commit in place of its revision.
+
+    Raises:
+      UserError: as `lopd.data.hub.pin`.
+    """
+    location = split_column_map(source)[0]
+    if not location.startswith(hub.PREFIX):
+        return source
+    return hub.pin(location) + source.removeprefix(location)
+
+
 def read_examples(source: str) -> Iterator[Example]:
     """The examples of a source, in its order; the first row's schema holds for all.
 
@@ -378,6 +401,15 @@ _DAPO_WRAPPER = re.compile(
     r'Remember to put your answer on its own line after "Answer:"\.\s*',
     re.DOTALL,
 )
+
+
+_WORKED = re.compile(r".*\n#### *(.+?)\s*", re.DOTALL)
+
+
+def final_answer(answer: str) -> str:
+    """The answer behind the worked one that GSM8K (arXiv 2110.14168) has: what follows its ####."""
+    worked = _WORKED.fullmatch(answer)
+    return worked.group(1) if worked else answer
 
 
 def fill_prompt(template: str, text: str) -> str:

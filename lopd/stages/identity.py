@@ -17,8 +17,11 @@ def _plain(value: Any) -> Any:
 
 
 def task_settings(run: Run, *sources: str) -> dict:
-    """What is learnt, as part of a stage's settings, with the `sources` that the stage reads."""
-    task = _plain(run.settings.task)
+    """What is learnt, as part of a stage's settings, with the `sources` that the stage reads.
+
+    Data sets at the Hub are named with the commit that is read.
+    """
+    task = _plain(run.task_settings if sources else run.settings.task)
     return {"task": {k: v for k, v in task.items() if k not in _SOURCES or k in sources}}
 
 

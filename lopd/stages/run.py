@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from lopd.artefacts.artefact import Artefact, open_complete
 from lopd.checkpoints import hf_config, hugging_face, peft_adapter
 from lopd.config.catalogue import CATALOGUE, TEACHER
-from lopd.config.settings import LoraSettings, Settings
+from lopd.config.settings import LoraSettings, Settings, TaskSettings
 from lopd.config.values import read_key
 from lopd.data.tokenizers import Tokenizer, load_tokenizer
 from lopd.errors import UserError
 from lopd.models.decoder import DecoderConfig
 from lopd.rollouts.requests import Prompts
 from lopd.stages.origins import Adopted, Given, Made, Origin, find_origin
+from lopd.stages.pins import pinned
 from lopd.tasks import Task, make_task
 
 
@@ -82,9 +83,14 @@ class Run:
         return tuple(dict.fromkeys(itertools.chain(*ends)))
 
     @functools.cached_property
+    def task_settings(self) -> TaskSettings:
+        """Those of the task, each source at the Hub at the commit that this run reads."""
+        return pinned(self.settings.task, self.workdir)
+
+    @functools.cached_property
     def task(self) -> Task:
         """The run's verifiable task."""
-        return make_task(self.settings.task)
+        return make_task(self.task_settings)
 
     @functools.cached_property
     def prompts(self) -> Prompts:

@@ -4,12 +4,11 @@ What a source may be, and its columns, is in `lopd.data.sources`. The answer col
 problem's reference, the response column its response.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lopd.config.settings import TaskSettings
-from lopd.data.sources import Example, fill_prompt, load_examples, split_column_map
+from lopd.data.sources import Example, fill_prompt, final_answer, load_examples, source_name
 from lopd.data.tokenizers import Tokenizer
 from lopd.errors import UserError
 from lopd.tasks import Problem, Verdict
@@ -19,7 +18,8 @@ def _to_problem(problem_id: int, example: Example, template: str) -> Problem:
     last = example.messages[-1]
     asked = {**last, "content": fill_prompt(template, last["content"])}
     messages = (*example.messages[:-1], asked)
-    return Problem(problem_id, messages, example.answer, example.response)
+    answer = None if example.answer is None else final_answer(example.answer)
+    return Problem(problem_id, messages, answer, example.response)
 
 
 def load_tests(source: str, template: str) -> list[Problem]:
@@ -57,7 +57,7 @@ class PromptTask:
         source = getattr(self._settings, key)
         if not source:
             raise UserError(
-                f"task.{key} is not set: a JSONL or Parquet file, a TFDS name or folder"
+                f"task.{key} is not set: a JSONL or Parquet file, hf:OWNER/NAME, or a TFDS name"
             )
         return source
 
@@ -80,7 +80,7 @@ class PromptTask:
         del split, seed
         tests = {}
         for source in self._source("problems").split(","):
-            name = pathlib.Path(split_column_map(source)[0]).stem
+            name = source_name(source)
             if name in tests:
                 raise UserError(f"task.problems={self._settings.problems}: two are called {name}")
             tests[name] = load_tests(source, self._settings.prompt)[:count]
