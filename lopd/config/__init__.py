@@ -8,6 +8,8 @@ from lopd.config.config_dict import (
     sampling_section,
     training_recipe,
 )
+from lopd.config.one_chip import one_chip_config
+from lopd.config.overlays import overlaid
 from lopd.config.paper import paper_config
 from lopd.config.settings import MATH_PROMPT
 
@@ -17,6 +19,8 @@ __all__ = [
     "STAGES",
     "base_config",
     "model_section",
+    "one_chip_config",
+    "overlaid",
     "paper_config",
     "read_settings",
     "sampling_section",

@@ -110,6 +110,8 @@ class TaskSettings:
     """What {problem} is put into; "{problem}" leaves prompts as they are, as for code."""
     thinking: bool = True
     """As the chat template's enable_thinking."""
+    long_prompts: str = setting("refuse", one_of("refuse", "leave_out"))
+    """Training prompts of more than `prompt_length` tokens: "leave_out" says how many it were."""
 
 
 @dataclasses.dataclass(frozen=True)

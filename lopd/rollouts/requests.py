@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
 from lopd.config.settings import Settings
 from lopd.data.tokenizers import Tokenizer
@@ -39,7 +40,8 @@ class Prompts:
     """The prompts of one run. Each set is made when it is first asked for, and kept.
 
     Every property raises UserError if its source cannot be read, holds fewer prompts than asked
-    for, or has one that is longer than `prompt_length`.
+    for, or has one that is longer than `prompt_length`. Of those to train on, `task.long_prompts`
+    can leave the long ones out.
     """
 
     def __init__(
@@ -47,18 +49,28 @@ class Prompts:
     ):
         self._task, self._tokenizer, self._settings, self._seed = task, tokenizer, settings, seed
 
-    def _tokenised(self, problems: Iterable[Problem]) -> PromptSet:
+    def _tokenised(self, problems: Iterable[Problem], trained_on: bool = True) -> PromptSet:
+        """The problems and their tokens, none longer than may be."""
         problems, limit = list(problems), self._settings.prompt_length
-        encoded = []
+        leave_out = trained_on and self._settings.task.long_prompts == "leave_out"
+        kept, encoded = [], []
         for problem in problems:
             tokens = self._task.encode(problem, self._tokenizer)
-            if len(tokens) > limit:
+            if len(tokens) <= limit:
+                kept.append(problem)
+                encoded.append(np.asarray(tokens, np.int32))
+            elif not leave_out:
                 raise UserError(
                     f"prompt {problem.problem_id} has {len(tokens)} tokens, more than "
                     f"prompt_length={limit}: raise it"
                 )
-            encoded.append(np.asarray(tokens, np.int32))
-        return PromptSet(problems, encoded)
+        if problems and not kept:
+            raise UserError(f"every prompt is longer than prompt_length={limit}: raise it")
+        if left_out := len(problems) - len(kept):
+            logging.warning(
+                "%d of %d prompts left out: more than %d tokens", left_out, len(problems), limit
+            )
+        return PromptSet(kept, encoded)
 
     def read(self, count: int) -> list[Problem]:
         """The first `count` problems of each set that has been made so far."""
@@ -112,4 +124,4 @@ class Prompts:
         """For each test set its problems."""
         recipe = self._settings.eval
         tests = self._task.tests(recipe.split, recipe.prompts, self._seed("eval problems"))
-        return {name: self._tokenised(problems) for name, problems in tests.items()}
+        return {name: self._tokenised(each, trained_on=False) for name, each in tests.items()}
