@@ -1,6 +1,7 @@
 """The accelerators that a run can be planned for, and the topologies they come in."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class Chip:
 
 
 # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (peak compute, HBM bandwidth per chip);
-# the data sheets "NVIDIA A100 80GB SXM", "H100 SXM" and "H200 SXM" (dense, without sparsity).
+# the data sheets "NVIDIA A100 80GB SXM", "H100 SXM", "H200 SXM" and "L4", and the whitepaper of the
+# Ada architecture (RTX 4090, sums in float32); dense, without sparsity.
 CHIPS = {
     "v4": Chip("tpu", 30.75, 275e12, 1228e9, 2, 3, "v4"),
     "v5e": Chip("tpu", 15.75, 197e12, 819e9, 1, 2, "v5litepod"),
@@ -35,6 +37,8 @@ CHIPS = {
     "a100": Chip("gpu", 80.0, 312e12, 2039e9),
     "h100": Chip("gpu", 79.6, 989e12, 3350e9),
     "h200": Chip("gpu", 140.4, 989e12, 4800e9),
+    "l4": Chip("gpu", 22.5, 121e12, 300e9),
+    "rtx4090": Chip("gpu", 24.0, 165.2e12, 1008e9),
 }
 
 _PEAK_BF16 = {
@@ -51,6 +55,29 @@ _PEAK_BF16 = {
     "TPU v5": CHIPS["v5p"].flops,
     "TPU v4": CHIPS["v4"].flops,
 }
+
+
+_BY_NAME = {
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+    "RTX 4090": "rtx4090",
+    "L4": "l4",
+    "TPU v6": "v6e",
+    "TPU v5p": "v5p",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v4": "v4",
+}
+"""The chip that a part of the name stands for that jax gives the device; the first counts."""
+
+
+def find_chip(devices: Sequence[Any]) -> Chip | None:
+    """The chip that the devices are; None if it is in no table, as a CPU."""
+    for name, chip in _BY_NAME.items():
+        if re.search(rf"\b{name}\b|{name}(?!\d)", devices[0].device_kind, re.IGNORECASE):
+            return CHIPS[chip]
+    return None
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:

@@ -23,6 +23,7 @@ SETTINGS = {
     "dtype": "float32",
     "prompt_length": 96,
     "sft_data.prompts": 6,
+    "sft_data.samples": 1,
     "sft_data.response_length": 12,
     "sft.steps": 2,
     "sft.warmup_steps": 1,

@@ -95,7 +95,7 @@ def find_commit(repository: Repository, revision: str | None = None) -> str:
                 repository.name, repo_type=repository.kind, revision=revision
             ).resolved  # fmt: skip
         except errors.RevisionResolutionError as error:
-            raise OSError(str(error)) from error
+            raise error.__cause__ or OSError(str(error)) from error
 
 
 def list_files(repository: Repository, commit: str) -> dict[str, int]:

@@ -104,8 +104,8 @@ def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
     )
 
 
-def _responses(settings: Settings, info: StageInfo) -> int:
-    """How many a stage samples; where the settings say "all", as many as are trained on."""
+def count_responses(settings: Settings, info: StageInfo) -> int:
+    """How many responses a stage samples; where the settings say "all", as many as are trained on."""
     trained = settings.sft if info.name == "sft_data" else settings.opd
     all_trained = trained.steps * trained.batch_size
     if info.samples_each_step:
@@ -121,7 +121,7 @@ def _responses(settings: Settings, info: StageInfo) -> int:
 def _scoring(settings: Settings, info: StageInfo, which: str, rows: int) -> Program:
     model, section = model_shape(settings, which), getattr(settings, info.sampling_section)
     longest = settings.prompt_length + section.response_length - 1
-    used_rows = _responses(settings, info) / (section.row_length // longest)
+    used_rows = count_responses(settings, info) / (section.row_length // longest)
     shape = dict(rows=rows, row_length=section.row_length)
     # The student is held as it is trained.
     lora = _adapters(settings, which)
@@ -146,7 +146,7 @@ def _scoring(settings: Settings, info: StageInfo, which: str, rows: int) -> Prog
 def _sampling(settings: Settings, info: StageInfo, which: str) -> list[Program]:
     model, runtime = model_shape(settings, which), settings.runtime
     section = getattr(settings, info.sampling_section)
-    responses = _responses(settings, info)
+    responses = count_responses(settings, info)
     capacity = settings.prompt_length + section.response_length
     # Where every step samples, its responses are all there are to decode until the last has ended.
     count = runtime.slots or DEFAULT_SLOTS

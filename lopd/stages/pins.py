@@ -22,7 +22,13 @@ FILE = "revisions.json"
 _KEYS = ("sft_prompts", "opd_prompts", "problems")
 
 
-def _read(path: epath.Path) -> dict[str, str]:
+def known_commits(workdir: epath.Path) -> dict[str, str]:
+    """Source → source with its commit, of those that a run in this directory has read.
+
+    Raises:
+      UserError: if the file that remembers them is damaged.
+    """
+    path = workdir / FILE
     if not path.exists():
         return {}
     try:
@@ -41,7 +47,7 @@ def pinned(task: TaskSettings, workdir: epath.Path) -> TaskSettings:
     sources = {key: getattr(task, key).split(",") for key in _KEYS if getattr(task, key)}
     if not any(source.startswith(PREFIX) for found in sources.values() for source in found):
         return task
-    known = _read(workdir / FILE)
+    known = known_commits(workdir)
     before = dict(known)
 
     def one(source: str) -> str:
