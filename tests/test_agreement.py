@@ -1,12 +1,11 @@
 """What is compared before anything is sampled: tokenizers, templates and ends of a run's models,
 and the settings of finished stages that are only read."""
 
-import json
 import re
 
 import jax
 import pytest
-import tokenizers
+from helpers.byte_tokenizer import END_OF_TEXT, IM_END, TEMPLATE, save_tokenizer
 from helpers.models import random_params
 from helpers.tiny_run import run, save_models, tiny_settings, use_one_device
 
@@ -18,29 +17,8 @@ from lopd.errors import UserError
 from lopd.models.decoder_config import DecoderConfig
 from lopd.stages.run import Run
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-END_OF_TEXT, IM_START, IM_END = 0, 1, 2
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ROWS = 320
 """Of embeddings: more than there are tokens."""
-
-
-def save_tokenizer(folder, template=TEMPLATE, ends=(IM_END, END_OF_TEXT), extra=()) -> None:
-    """Bytes and three special tokens, as a chat checkpoint has them."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters, *extra])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens([*SPECIAL])
-    folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|endoftext|>"} | ({"chat_template": template} if template else {})
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
 
 
 def save_model(folder, rows=ROWS, seed=0, **tokenizer):

@@ -1,11 +1,15 @@
 """The recipes in configs/: settings that can be, public data, and the overlay for a trial."""
 
+import json
 import logging
 import runpy
 
 import numpy as np
 import pytest
+from helpers import hub_server
+from helpers.byte_tokenizer import IM_END, save_tokenizer
 from helpers.commands import REPOSITORY, environment, module, refused
+from helpers.small_checkpoint import save_small_qwen3
 
 from lopd.config import read_settings
 from lopd.config.checks import check_settings
@@ -93,3 +97,64 @@ def test_a_test_set_stays_whole():
         _ = prompts(prompt_length=2, task__long_prompts="leave_out").tests
     none = prompts(prompt_length=1, task__long_prompts="leave_out")
     assert [problem.problem_id for problem in none.sft.problems] == [0]
+
+
+# The command as written
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def gsm8k(first: int, count: int) -> bytes:
+    rows = [
+        {"question": f"Tom has {i} pens and buys {i + 1}. How many?", "answer": f"#### {2 * i + 1}"}
+        for i in range(first, first + count)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with small random checkpoints under the recipe's names, and a small GSM8K."""
+    with hub_server.serve() as hub:
+        for seed, (name, size) in enumerate({"Qwen3-4B": 32, "Qwen3-0.6B-Base": 16}.items()):
+            folder = tmp_path / name
+            save_small_qwen3(folder, seed, size, vocab_size=320, eos_token_id=IM_END)
+            save_tokenizer(folder)
+            hub.add(f"Qwen/{name}", files_of(folder), kind="models")
+        files = {"main/train.jsonl": gsm8k(0, 7_400), "main/test.jsonl": gsm8k(8_000, 20)}
+        hub.add("openai/gsm8k", files | {"socratic/train.jsonl": gsm8k(0, 10)})
+        yield hub
+
+
+@pytest.mark.slow
+def test_the_smallest_recipe_runs_as_written(hub, tmp_path):
+    command = [f"--config={REPOSITORY / 'configs/qwen3_0_6b.py'}:small"]
+    variables = environment(hub_server.environment(hub, tmp_path / "home"))
+    variables["PYTHONPATH"] = str(REPOSITORY)
+
+    def run(*more, **environment):
+        return module(
+            "lopd.main", *command, *more, environment=variables | environment, cwd=tmp_path
+        )
+
+    dry = run("--dry-run")
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert "teacher Qwen/Qwen3-4B" in dry.stdout and not hub.downloads()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    workdir = tmp_path / "runs" / "qwen3_0_6b-small"
+    assert (workdir / "export" / "model.safetensors").exists()
+    results = json.loads((workdir / "eval" / "summary.json").read_text())["models"]
+    assert {"teacher", "base", "sft", "opd"} == {*results}
+    assert all("gsm8k/greedy" in found for found in results.values())
+    commit = json.loads((workdir / "revisions.json").read_text())["hf:openai/gsm8k/main/train"]
+    for stage in ("sft_data", "precompute"):
+        assert commit in (workdir / stage / "manifest.json").read_text()
+
+    hub.add("openai/gsm8k", {"main/train.jsonl": gsm8k(1, 7_000)})  # the branch moves on
+    hub.requests.clear()
+    again = run(HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("complete, skipped") >= 6 and not hub.requests

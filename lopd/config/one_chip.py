@@ -13,7 +13,7 @@ def one_chip_config() -> ml_collections.ConfigDict:
     300,000 and 300 steps instead of 3,000; OPD batches of 64. Nobody has tuned it yet.
     """
     config = base_config()
-    config.stages = ("sft_data", "sft", "precompute", "heldout", "opd", "eval", "export")
+    config.stages = ("sft_data", "sft", "precompute", "heldout", "opd", "export", "eval")
     config.dtype = "bfloat16"
     config.mesh.update(data=1, fsdp=-1)  # several chips share the weights
     config.prompt_length = 512

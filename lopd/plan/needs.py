@@ -83,12 +83,15 @@ class Needs:
     """All of it."""
 
     fetches: list[Fetch]
+    """Of the Hub."""
     stages: list[StageNeeds]
+    """Those that are not complete, but for `eval`."""
     missing: list[str]
     """One line each, with its cure."""
     tight: list[str]
     """What does not fit, by formula."""
     devices: str
+    """Those of this machine, for people."""
 
     @property
     def to_fetch(self) -> int:
@@ -414,9 +417,9 @@ def check(settings: Settings, workdir: str, stages: tuple[str, ...], *, dry_run:
     """
     stages = stages or settings.stages
     if not dry_run:
-        fetches, missing = find_fetches(settings, workdir, stages)
-        if not missing and not any(fetch.here < fetch.total for fetch in fetches):
-            return
+        fetches, _ = find_fetches(settings, workdir, stages)
+        if not any(fetch.here < fetch.total for fetch in fetches):
+            return  # what is missing, the run's own checks refuse
     needs = gather(settings, workdir, stages)
     if jax.process_index() == 0:
         print(table(needs), flush=True)

@@ -105,7 +105,7 @@ def _training(settings: Settings, info: StageInfo, rows: int) -> Program:
 
 
 def count_responses(settings: Settings, info: StageInfo) -> int:
-    """How many responses a stage samples; where the settings say "all", as many as are trained on."""
+    """How many responses a stage samples; where settings say "all", as many as are trained on."""
     trained = settings.sft if info.name == "sft_data" else settings.opd
     all_trained = trained.steps * trained.batch_size
     if info.samples_each_step:
