@@ -231,7 +231,7 @@ def test_tokenizers_of_teacher_and_student_must_agree(files, tmp_path):
     refused(done, "<|im_over|>", "<|im_end|>")
 
 
-def test_with_nothing_configured_one_line_says_what_it_needs(tmp_path):
-    command = [sys.executable, "-m", "lopd.main", f"--config={CONFIG}"]
+def test_with_nothing_configured_one_line_says_what_it_needs():
+    command = [sys.executable, "-m", "lopd.main"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    refused(done, "--workdir")
+    refused(done, "--config=FILE is needed")
