@@ -78,6 +78,8 @@ def test_says_what_every_stage_needs(hub, tmp_path, capsys):
     assert by_name["sft"].disk == pytest.approx(weights * (4 + 12 * 3), rel=0.01)
     assert by_name["sft_data"].device > 2 * 4.0e9 / jax.device_count()  # the teacher in bfloat16
     assert by_name["opd"].hours is None  # of a CPU nobody knows
+    adapted = {s.stage: s for s in find(settings(student__lora__rank=8), tmp_path).stages}
+    assert adapted["sft"].disk < by_name["sft"].disk / 20
 
 
 def test_says_all_that_is_missing_at_once(hub, tmp_path, capsys):

@@ -30,6 +30,7 @@ from lopd.hardware import find_chip
 from lopd.machine import devices, hub
 from lopd.machine.hub import Repository
 from lopd.machine.storage import absolute, is_local
+from lopd.models.low_rank import count_weights
 from lopd.models.memory import GIB, model_size
 from lopd.models.presets import PRESETS
 from lopd.plan import meshes
@@ -164,27 +165,38 @@ def _with_shapes(settings: Settings) -> Settings:
     """The settings with a folder of a config.json in place of models whose shape is not known."""
     for key, name in _models(settings):
         if hugging_face.is_hub_name(name) and name.split("/")[-1] not in PRESETS:
-            folder = hub.download(Repository(name, "model"), None, ["config.json"])
+            folder = hub.download(
+                Repository(name, "model"), None, ["config.json", "adapter_config.json"]
+            )
             settings = changed(settings, {key: str(folder)})
     return settings
 
 
-def _with_slots(
-    settings: Settings, stages: tuple[str, ...], sizes: dict[str, int], rows: int, limit: float
-) -> Settings:
-    """The settings with as many slots as fit, where they leave that open."""
-    for slots in _SLOTS if settings.runtime.slots is None else ():
-        chosen = changed(settings, {"runtime.slots": slots})
-        sampling = [p for p in list_programs(chosen, stages, rows) if p.rows == 0]
-        if all(p.work(sizes).peak_bytes <= limit for p in sampling):
-            return chosen
-    return settings if settings.runtime.slots else changed(settings, {"runtime.slots": _SLOTS[-1]})
+def _programs(
+    settings: Settings, stage: str, sizes: dict[str, int], rows: int, limit: float
+) -> list[Program]:
+    """The programs of a stage; sampling in as many slots as fit if the settings leave that open."""
+    if settings.runtime.slots is not None:
+        return list_programs(settings, (stage,), rows)
+    for slots in _SLOTS:
+        programs = list_programs(changed(settings, {"runtime.slots": slots}), (stage,), rows)
+        if all(p.work(sizes).peak_bytes <= limit for p in programs if p.rows == 0):
+            break
+    return programs
+
+
+def _trained_weights(settings: Settings, which: str) -> int:
+    """How many numbers training changes: all weights of a model, or its adapters."""
+    shape, lora = model_shape(settings, which), settings.student.lora
+    if which == STUDENT and lora.rank is not None:
+        return count_weights(shape, lora)
+    return model_size(shape).total
 
 
 def _disk(settings: Settings, stage: str) -> float:
     info, disk = stage_info(stage), 0.0
     if info.trains:
-        weights = model_size(model_shape(settings, info.trains)).total
+        weights = _trained_weights(settings, info.trains)
         disk += weights * (4 + _STATE_BYTES * (settings.runtime.keep_checkpoints + 1))
     if stage == "export":
         disk += 4 * model_size(model_shape(settings, STUDENT)).total
@@ -204,7 +216,7 @@ def _host(settings: Settings, stage: str) -> float:
         return float(hugging_face.MAX_SHARD_BYTES)
     if not info.trains:
         return largest
-    state = _STATE_BYTES * model_size(model_shape(settings, info.trains)).total
+    state = _STATE_BYTES * _trained_weights(settings, info.trains)
     return max(largest, state / jax.process_count())
 
 
@@ -335,9 +347,8 @@ def _all_needs(settings: Settings, stages: tuple[str, ...], tight: list[str]) ->
     settings = _with_shapes(settings)
     mesh = devices.make_mesh(settings.mesh.sizes)
     sizes, rows = dict(mesh.shape), settings.runtime.rows_per_micro
-    limit = _device_memory()
-    settings = _with_slots(settings, stages, sizes, rows, limit or float("inf"))
-    programs = list_programs(settings, stages, rows)
+    limit = _device_memory() or float("inf")
+    programs = [p for stage in stages for p in _programs(settings, stage, sizes, rows, limit)]
     for program in programs:
         if not meshes.divides(program, sizes):
             raise UserError(
