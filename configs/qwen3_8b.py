@@ -12,7 +12,7 @@ Expected, pass@1 in % of the paper: AIME24 / AIME25 / HMMT25
 With an SFT model from elsewhere: `--config.sft.checkpoint=NAME --config.sft.teacher=TEACHER
 --stages=precompute,opd,export,eval`; the name in `sft.teacher` must be that of
 `teacher.checkpoint`.
-A trial of an hour or less, with short responses: `--config=configs/qwen3_8b.py:small`.
+A trial with few and short responses: `--config=configs/qwen3_8b.py:small`.
 """
 
 from lopd import config as lopd_config
