@@ -10,12 +10,15 @@ import pytest
 from helpers import hub_server
 
 from lopd.checkpoints import hugging_face
-from lopd.config.settings import TaskSettings
+from lopd.config.settings import Settings, TaskSettings
+from lopd.config.values import changed
 from lopd.data import sources
 from lopd.data.hub import choose, parse
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
+from lopd.stages import identity
 from lopd.stages.pins import FILE, pinned
+from lopd.stages.run import Run
 from lopd.tasks.prompts import load_tests
 
 CONVERTED = "refs/convert/parquet"
@@ -135,13 +138,19 @@ def test_a_missing_data_set_revision_split_or_column_is_one_line(hub, source, sa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("closed", ["GatedRepo", "RepoNotFound"])
-def test_without_a_token_the_line_says_where_to_get_one(hub, monkeypatch, closed):
+@pytest.mark.parametrize(
+    ("closed", "why"),
+    [
+        ("GatedRepo", "accept them at https://huggingface.co/datasets/me/data"),
+        ("RepoNotFound", "or it is private"),
+    ],
+)
+def test_without_a_token_the_line_says_where_to_get_one(hub, monkeypatch, closed, why):
     hub.add("me/data", {"train.jsonl": jsonl("one")})
     hub.add("me/model", {"config.json": b"{}"}, kind="models")
     hub.close("me/data", error=closed)
     hub.close("me/model", kind="models", error=closed)
-    with pytest.raises(UserError, match=r"https://huggingface.co/settings/tokens"):
+    with pytest.raises(UserError, match=rf"{why}.*https://huggingface.co/settings/tokens"):
         prompts("hf:me/data")
     with pytest.raises(UserError, match=r"me/model.*https://huggingface.co/settings/tokens"):
         hugging_face.resolve_checkpoint("me/model")
@@ -206,6 +215,17 @@ def test_a_run_reads_the_commit_that_it_read_first(hub, tmp_path):
     assert hub.requests == []
     (tmp_path / FILE).unlink()
     assert pinned(task, workdir) != expected
+
+
+def test_the_commit_is_in_the_settings_of_what_reads_it_and_of_nothing_else(hub, tmp_path):
+    commit = hub.add("me/data", {"train.jsonl": jsonl("one")})
+    hub.add("me/tests", {"test.jsonl": jsonl("two")})
+    task = {"task.name": "math", "task.sft_prompts": "hf:me/data", "task.problems": "hf:me/tests"}
+    run = Run(changed(Settings(), task), absolute(tmp_path), mesh=None)
+    assert "problems" not in identity.task_settings(run)["task"] and not hub.requests
+    read = identity.task_settings(run, "sft_prompts")["task"]
+    assert read["sft_prompts"] == f"hf:me/data@{commit}" and "problems" not in read
+    assert [problem.prompt for problem in run.task.tests("test", None, 0)["tests"]]
 
 
 def test_a_commit_or_a_file_is_what_it_is(hub, tmp_path):
