@@ -24,5 +24,7 @@ def get_config(overlay=""):
     config = lopd_config.paper_config()
     config.teacher.checkpoint = "Qwen/Qwen3-30B-A3B-Thinking-2507"
     config.student.checkpoint = "Qwen/Qwen3-30B-A3B-Base"
+    # Its template opens the answer with <think>; the base student's does not.
+    config.tokenizer = config.teacher.checkpoint
     config.sft.batch_size = 256  # not stated in the paper: as for 8B
     return lopd_config.overlaid(config, overlay)

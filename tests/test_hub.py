@@ -8,12 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import hub_server
+from helpers.byte_tokenizer import save_tokenizer
 
 from lopd.checkpoints import hugging_face
 from lopd.config.settings import Settings, TaskSettings
 from lopd.config.values import changed
 from lopd.data import sources
 from lopd.data.hub import choose, parse
+from lopd.data.tokenizers import load_tokenizer
 from lopd.errors import UserError
 from lopd.machine.storage import absolute
 from lopd.stages import identity
@@ -194,6 +196,20 @@ def test_what_is_in_the_cache_needs_no_hub(hub, monkeypatch):
         prompts("hf:me/data/test")
     with pytest.raises(UserError, match=r"data set me/other: .*HF_HUB_OFFLINE"):
         prompts("hf:me/other")
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(hub, tmp_path):
+    save_tokenizer(tmp_path / "made")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    hub.add("me/model", files | {"model.safetensors": b"x"}, kind="models")
+    run = Run(changed(Settings(), {"tokenizer": "me/model"}), absolute(tmp_path), mesh=None)
+    assert run.tokenizer.fingerprint == load_tokenizer(str(tmp_path / "made")).fingerprint
+    assert not any("safetensors" in request for request in hub.downloads())
+    run = Run(changed(Settings(), {"tokenizer": "me/none"}), absolute(tmp_path), mesh=None)
+    with pytest.raises(UserError, match=r"tokenizer=me/none: .*the Hub has none of that name"):
+        _ = run.tokenizer
+    tiny = Run(changed(Settings(), {"tokenizer": "tiny"}), absolute(tmp_path), mesh=None)
+    assert tiny.tokenizer.end_ids
 
 
 # What a run remembers

@@ -119,6 +119,21 @@ def resolve_checkpoint(name_or_path: str) -> epath.Path:
         raise UserError(f"checkpoint {name_or_path}: there is no such folder; {error}") from error
 
 
+def resolve_tokenizer(name_or_path: str) -> str:
+    """A tokenizer's bundled name or path as it is; of a model of the hub, the folder of its files.
+
+    Raises:
+      UserError: if the hub does not give it.
+    """
+    if not is_hub_name(name_or_path) or epath.Path(name_or_path).exists():
+        return name_or_path
+    wanted = [pattern for pattern in WANTED if pattern not in ("*.safetensors", "README.md")]
+    try:
+        return str(hub.download(hub.Repository(name_or_path, "model"), None, wanted))
+    except UserError as error:
+        raise UserError(f"tokenizer={name_or_path}: there is no such path; {error}") from error
+
+
 def _index(path: epath.Path) -> dict[str, str]:
     """Tensor → file, as the index of a checkpoint says.
 

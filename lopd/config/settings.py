@@ -349,8 +349,8 @@ class Settings:
     stages: tuple[str, ...] = ()
     """What runs when --stages is not given."""
     tokenizer: str | None = path_setting()
-    """A bundled name, a SentencePiece model, or a folder with a tokenizer.json; None: that of
-    student.checkpoint."""
+    """A bundled name, a SentencePiece model, a folder with a tokenizer.json, or a model of the hub;
+    None: that of student.checkpoint."""
     dtype: str | None = setting(None, one_of("float32", "bfloat16"))
     """Compute type of both models; None: what their shapes say."""
     task: TaskSettings = TaskSettings()

@@ -59,11 +59,13 @@ class Run:
         """The run's tokenizer."""
         return load_tokenizer(self.tokenizer_folder)
 
-    @property
+    @functools.cached_property
     def tokenizer_folder(self) -> str:
         """The file or folder, or the bundled name, that the run's tokenizer is read from."""
         source = self.tokenizer_source
-        return source if self.settings.tokenizer else str(self._student_folder)
+        if not self.settings.tokenizer:
+            return str(self._student_folder)
+        return hugging_face.resolve_tokenizer(source)
 
     @functools.cached_property
     def teacher_tokenizer(self) -> Tokenizer | None:
