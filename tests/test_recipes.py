@@ -1,16 +1,23 @@
 """The recipes in configs/: settings that can be, public data, and the overlay for a trial."""
 
+import io
 import json
 import logging
 import runpy
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers import hub_server
 from helpers.byte_tokenizer import IM_END, save_tokenizer
 from helpers.commands import REPOSITORY, environment, module, refused
+from helpers.models import random_params
 from helpers.small_checkpoint import save_small_qwen3
+from helpers.tiny_run import use_one_device
 
+from lopd import pipeline
+from lopd.checkpoints import hugging_face
 from lopd.config import read_settings
 from lopd.config.checks import check_settings
 from lopd.config.settings import Settings
@@ -18,6 +25,7 @@ from lopd.config.values import changed
 from lopd.data.hub import parse
 from lopd.data.sources import split_column_map
 from lopd.errors import UserError
+from lopd.models.decoder_config import DecoderConfig
 from lopd.rollouts.requests import Prompts
 from lopd.tasks import Problem
 
@@ -112,6 +120,66 @@ def gsm8k(first: int, count: int) -> bytes:
         for i in range(first, first + count)
     ]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def public_data() -> dict[str, dict[str, list[dict]]]:
+    """Data sets that the recipes name, a few rows of each as their cards and readers show them."""
+    questions = [f"What is {i} + {i}?" for i in range(100)]
+    wrapped = (
+        "Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        '\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    thoughts = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": "<think>"}]}
+        for q in questions
+    ]
+    dapo = [
+        {
+            "prompt": [{"role": "user", "content": wrapped.format(q)}],
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+        }
+        for q in questions
+    ]
+    test = [{"id": "0", "problem": q, "answer": "4"} for q in questions[:20]]
+    return {
+        "open-thoughts/OpenThoughts3-1.2M": {"data/train-00000-of-00001.parquet": thoughts},
+        "BytedTsinghua-SIA/DAPO-Math-17k": {"data/dapo-math-17k.parquet": dapo},
+        "HuggingFaceH4/aime_2024": {"data/train-00000-of-00001.parquet": test},
+        "HuggingFaceH4/MATH-500": {"test.jsonl": test},
+        "math-ai/aime25": {"test.jsonl": test},
+        "MathArena/hmmt_feb_2025": {"data/train-00000-of-00001.parquet": test},
+    }
+
+
+def as_file(name: str, rows: list[dict]) -> bytes:
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "qwen3_0_6b"])
+def test_a_trial_passes_every_check_before_work(name, tmp_path, monkeypatch):
+    settings, begun = recipe(name, "small"), []
+    use_one_device(monkeypatch)
+    monkeypatch.setattr(pipeline, "_run_stages", lambda one, ordered: begun.append(one))
+    monkeypatch.setattr(pipeline, "_print_summary", lambda *_: None)
+    shape = DecoderConfig(320, 16, 16, 1, 2, 1, 8, max_position_embeddings=32_768)
+    with hub_server.serve() as hub:
+        hub_server.use(monkeypatch, hub, tmp_path / "cache")
+        for checkpoint in (settings.teacher.checkpoint, settings.student.checkpoint):
+            folder = tmp_path / checkpoint.split("/")[1]
+            save_tokenizer(folder)
+            hugging_face.save_checkpoint(folder, shape, random_params(shape, 0), end_id=IM_END)
+            hub.add(checkpoint, files_of(folder), kind="models")
+        for data, files in public_data().items():
+            hub.add(data, {file: as_file(file, rows) for file, rows in files.items()})
+        pipeline.run(settings, str(tmp_path / "run"))
+    (one,) = begun
+    assert len(one.prompts.opd.problems) == 64 and len(one.prompts.heldout.problems) == 16
+    assert one.prompts.sft.problems[0].prompt.startswith("Question: What is ")
 
 
 @pytest.fixture
