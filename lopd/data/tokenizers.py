@@ -27,6 +27,9 @@ from lopd.machine.limits import limited
 from lopd.machine.reading import check_regular, read_json_object
 from lopd.machine.storage import check_url
 
+# Of Transformers only tokenizers are used, so it need not say that PyTorch is not there.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 _BUNDLED = {"tiny": epath.resource_path("lopd") / "data" / "tiny_tokenizer" / "tiny.model"}
 _JSON = "tokenizer.json"
 _READ_BY_TRANSFORMERS = (
