@@ -9,6 +9,9 @@ from typing import Any
 from lopd.config.catalogue import stage_info
 from lopd.sampling.cut import MANY
 
+_UNTRAINED = "base"
+"""The name, in results, of the student before any training."""
+
 
 def _cut(name: str, share: float) -> list[str]:
     if share <= MANY:
@@ -38,8 +41,11 @@ def of_stage(name: str, outputs: Mapping[str, Any], steps: Iterable[Mapping]) ->
 def of_results(results: Mapping[str, Mapping[str, Mapping]]) -> list[str]:
     """On an evaluation, by model and "test/mode"."""
     found = [(f"{m} {task}", r) for m, tasks in results.items() for task, r in tasks.items()]
+    # The student before any training has not learnt to end, and is nobody's result.
     cut = [
-        f"{what} {1 - r['finished']:.0%}" for what, r in found if 1 - r.get("finished", 1) > MANY
+        f"{what} {1 - r['finished']:.0%}"
+        for what, r in found
+        if 1 - r.get("finished", 1) > MANY and not what.startswith(f"{_UNTRAINED} ")
     ]
     lost = [
         f"{what} {r['ungraded']} of {r['n'] + r['ungraded']}"
