@@ -47,7 +47,7 @@ Answers = list[tuple[list[int], list[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What every program is asked."""
+    """The prompts that every program gets."""
 
     folder: pathlib.Path
     texts: list[str]

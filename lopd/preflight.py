@@ -2,7 +2,7 @@
 
 import jax
 
-from lopd.artefacts.artefact import Artefact, open_complete
+from lopd.artefacts.artefact import WAY_OUT, Artefact, open_complete
 from lopd.cache.reader import check_cache, check_whole
 from lopd.checkpoints import peft_adapter
 from lopd.checkpoints.hugging_face import check_checkpoint
@@ -150,9 +150,7 @@ def _check_undamaged(run: Run, stages: tuple[str, ...]) -> None:
                 found = found or f"{artefact.path / file} {wrong}"
     if processes.any_process(bool(found)):
         found = found or "the first process has found damage"
-        raise UserError(
-            f"{found}: restore it, or run its stage again, which makes what is damaged again"
-        )
+        raise UserError(f"{found}: {WAY_OUT}")
 
 
 def check_artefacts(run: Run, stages: tuple[str, ...]) -> None:

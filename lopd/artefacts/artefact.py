@@ -9,6 +9,7 @@ the checksum of its own text, so that no change to it goes unseen.
 
 import hashlib
 import json
+import operator
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,8 +35,10 @@ from lopd.machine.storage import (
 MANIFEST = "manifest.json"
 """The name of the file that makes a directory an artefact."""
 _UNLISTED = (LOCK, "checkpoints", "tensorboard", "profile", "wandb_id")
-"""What a finished artefact may lose: states to go on from, which hold checksums of their own, other
-views of its metrics, and the lock of whoever writes it."""
+"""Parts that a finished artefact may lose: the lock of its writer, checkpoints, which hold
+checksums of their own, and other views of its metrics."""
+WAY_OUT = "restore it, or run its stage again, which makes what is damaged again"
+"""About a file of an artefact that is damaged."""
 _READERS = 4
 """Files that are read at once for their checksums."""
 
@@ -63,7 +66,7 @@ def file_entry(path: epath.Path, name: str) -> FileEntry:
 
 
 def damage(path: epath.Path, entry: FileEntry) -> str:
-    """What is wrong with a file that a manifest lists, or the empty string."""
+    """The damage of a file that a manifest lists, in words; empty if it is whole."""
     if not path.exists():
         return "is missing"
     if (size := path.stat().length) != entry["bytes"]:
@@ -169,7 +172,8 @@ class Artefact:
     def list_file(self, name: str) -> None:
         """Lists a file that is whole, in the next `save`."""
         others = [entry for entry in self.manifest.files if entry["name"] != name]
-        self.manifest.files = [*others, file_entry(self.path / name, name)]
+        entry = file_entry(self.path / name, name)
+        self.manifest.files = sorted([*others, entry], key=operator.itemgetter("name"))
 
     def lists(self, name: str) -> bool:
         """Whether the manifest lists a file of that name, which no record is in."""
@@ -201,6 +205,17 @@ class Artefact:
         for listed in (self.manifest.shards, self.manifest.files):
             listed[:] = [entry for entry in listed if entry["name"] not in lost]
         self.manifest.complete = False
+        self.save()
+
+    def rewrite(self, name: str, text: str) -> None:
+        """Replaces a text file of a finished artefact; to be called by one process.
+
+        A kill in between leaves it unfinished, and its stage makes the file again.
+        """
+        self.reopen([name])
+        write_atomically(self.path / name, text)
+        self.list_file(name)
+        self.manifest.complete = True
         self.save()
 
     def _list_all(self) -> None:

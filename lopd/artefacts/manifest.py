@@ -6,13 +6,13 @@ another type, is refused: nobody would read it, or somebody would stumble over i
 
 import contextlib
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
 import lopd
+from lopd.machine.reading import is_file_name
 
 FORMAT_VERSION = 4
 """Of manifests and of what they describe; another one is refused."""
@@ -123,7 +123,7 @@ class Manifest:
         manifest = _typed(entries, cls, "")
         # What lies elsewhere is no file of the artefact, and would be written there.
         for entry in manifest.shards:
-            if not re.fullmatch(r"[\w-][\w.-]*", entry["name"]):
+            if not is_file_name(entry["name"]):
                 raise ValueError(f"{entry['name']!r} is no file name")
         for entry in manifest.files:
             if {"", ".", ".."} & {*entry["name"].split("/")}:

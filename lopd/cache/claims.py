@@ -1,4 +1,4 @@
-"""What manifests claim of a cache, compared with what its records are.
+"""Claims of a cache's manifest, compared with its records.
 
 A checksum says that a file is as its manifest was written, not that the manifest is true.
 """

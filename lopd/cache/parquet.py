@@ -17,7 +17,7 @@ from lopd.artefacts.manifest import Manifest
 from lopd.cache import reader, writer
 from lopd.cache.claims import check_claims, check_manifest, check_shard
 from lopd.cache.codec import from_description
-from lopd.errors import UserError
+from lopd.errors import UserError, one_line
 from lopd.machine.reading import check_regular, parse_json
 from lopd.machine.storage import whole_file
 
@@ -68,7 +68,7 @@ def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, Manifest]:
     try:
         table = pyarrow.parquet.ParquetFile(file.open("rb"))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: no Parquet file that can be read ({_line(error)})") from error
+        raise UserError(f"{file}: no Parquet file that can be read ({one_line(error)})") from error
     text = (table.schema_arrow.metadata or {}).get(_MANIFEST)
     if text is None:
         raise UserError(
@@ -92,10 +92,6 @@ def _open(file: epath.Path) -> tuple[pyarrow.parquet.ParquetFile, Manifest]:
     return table, manifest
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _records(table: pyarrow.Table, fields: dict) -> list[dict]:
     columns = {
         name: [
@@ -116,7 +112,7 @@ def _read_row_group(table: pyarrow.parquet.ParquetFile, index: int, fields: dict
     try:
         return _records(table.read_row_group(index), fields)
     except (OSError, pyarrow.ArrowException, TypeError, ValueError) as error:
-        raise ValueError(f"damaged ({_line(error)})") from error
+        raise ValueError(f"damaged ({one_line(error)})") from error
 
 
 def from_parquet(file: epath.Path, out: epath.PathLike) -> Artefact:

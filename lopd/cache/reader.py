@@ -8,17 +8,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from lopd.artefacts.artefact import Artefact, damage, open_complete
+from lopd.artefacts.artefact import WAY_OUT, Artefact, damage, open_complete
 from lopd.cache.claims import check_manifest, check_shard
 from lopd.cache.codec import SPLIT, parser
 from lopd.cache.fields import check_record
-from lopd.errors import UserError
+from lopd.errors import UserError, one_line
 from lopd.machine.storage import is_local
 
 _HELD_BYTES = 64 * 2**20
 """A cache whose shards are no larger is held in memory, decoded: seconds at start, and of short
 responses, most of whose cost is reading and decoding, a batch is made three times faster."""
-_WAY_OUT = "restore it, or run its stage again, which makes what is damaged again"
 
 
 def check_cache(artefact: Artefact) -> None:
@@ -75,7 +74,7 @@ def _verify_files(artefact: Artefact, files: epath.Path, entries: list[dict]) ->
             found.append(f"{artefact.path / entry['name']} {wrong}")
     if found:
         more = f" (and {len(found) - 1} more files)" if found[1:] else ""
-        raise UserError(f"{found[0]}{more}; {_WAY_OUT}")
+        raise UserError(f"{found[0]}{more}; {WAY_OUT}")
 
 
 @contextlib.contextmanager
@@ -102,7 +101,7 @@ def read_shard(artefact: Artefact, name: str) -> list[dict]:
     parse = parser(artefact.manifest.fields)
     with _local(path) as file:
         if wrong := damage(file, entry):
-            raise UserError(f"{path} {wrong}; {_WAY_OUT}")
+            raise UserError(f"{path} {wrong}; {WAY_OUT}")
         try:
             reader = array_record_module.ArrayRecordReader(str(file))
             try:
@@ -161,7 +160,7 @@ class Records:
                 SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         except Exception as error:  # of a dozen kinds
-            said = " ".join(str(error).split())[:300] or type(error).__name__
+            said = one_line(error)
             raise UserError(f"{self._path}: TFDS cannot read its metadata ({said})") from error
         self._parse = parser(artefact.manifest.fields)
         small = sum(shard["bytes"] for shard in artefact.manifest.shards) <= _HELD_BYTES
@@ -177,7 +176,7 @@ class Records:
         try:
             record = self._parse(self._source[index])
         except (RuntimeError, LookupError, ValueError) as error:
-            said = " ".join(str(error).split())[:300]
+            said = one_line(error)
             raise UserError(f"{self._path}, record {index} cannot be read ({said})") from error
         who = f"prompt_id {record['prompt_id']}, sample_id {record['sample_id']}"
         check_record(record, f"{self._path}, record {index} ({who})")

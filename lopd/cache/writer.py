@@ -169,7 +169,7 @@ def content_fingerprint(artefact: Artefact) -> str:
 
 
 def outputs(artefact: Artefact) -> dict:
-    """What the shards that a manifest lists amount to and have cost, and their identity."""
+    """Totals, costs and identity of the shards that a manifest lists."""
     shards = artefact.manifest.shards
     costs = accounting.total(shard["costs"] for shard in shards)
     return {

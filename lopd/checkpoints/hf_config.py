@@ -121,7 +121,7 @@ _TYPES = {
     "dtype": str,
     "torch_dtype": str,
 }
-"""What is computed with here; the model's shape checks the rest."""
+"""Types of the fields that are computed with here; the model's shape checks the rest."""
 
 
 def _check_types(values: Mapping[str, Any]) -> None:

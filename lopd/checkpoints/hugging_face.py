@@ -42,7 +42,7 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 """The file with the end tokens and defaults of sampling."""
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
-"""What is downloaded of a checkpoint; its README.md names its licence."""
+"""Patterns of a checkpoint's files that are downloaded; its README.md names its licence."""
 MAX_SHARD_BYTES = 2_000_000_000
 """Export holds one shard in host memory."""
 

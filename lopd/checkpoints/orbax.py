@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lopd.artefacts.artefact import differences
+from lopd.artefacts.artefact import WAY_OUT, differences
 from lopd.artefacts.fingerprint import params_fingerprint
 from lopd.errors import UserError
 from lopd.machine import processes
@@ -101,10 +101,7 @@ def load_params(path: epath.Path, target: Any) -> Any:
     except Exception as error:
         if not _is_damage(error):
             raise
-        raise UserError(
-            f"{path} is damaged ({_in_a_line(error)}): restore it, or run its stage again, which "
-            "makes what is damaged again"
-        ) from error
+        raise UserError(f"{path} is damaged ({_in_a_line(error)}): {WAY_OUT}") from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from lopd.config.settings import Settings
 
+BASE = "base"
+"""In evaluations, the student before any training; other models are named after their stage."""
 TEACHER, STUDENT = "teacher", "student"
 """The two models of a run; sections of the settings hold their shapes and checkpoints."""
 

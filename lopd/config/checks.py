@@ -7,7 +7,7 @@ artefacts is in `lopd.preflight`.
 import importlib.util
 from collections.abc import Iterable
 
-from lopd.config.catalogue import CATALOGUE, STAGES, refreshes, stage_info
+from lopd.config.catalogue import BASE, CATALOGUE, STAGES, refreshes, stage_info
 from lopd.config.settings import HeldoutSettings, OpdSettings, Settings
 from lopd.errors import UserError
 
@@ -109,7 +109,7 @@ def _check_rows(settings: Settings, stages: tuple[str, ...], held_out: bool) -> 
 def _check_eval_models(settings: Settings) -> None:
     for model in settings.eval.models or ():
         require(
-            model == "base" or (model in STAGES and bool(stage_info(model).trains)),
+            model == BASE or (model in STAGES and bool(stage_info(model).trains)),
             f"eval.models: no model is called {model!r}; it is 'base' or a stage that trains one",
         )
 

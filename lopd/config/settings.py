@@ -90,6 +90,10 @@ class SamplingSettings:
     """Most tokens of a response."""
 
 
+PROMPT_SOURCES = ("sft_prompts", "opd_prompts", "problems")
+"""Settings of the task that name where prompts are from."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskSettings:
     """What is learnt: a verifiable task, and where its prompts are from."""

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 import sentencepiece
 from etils import epath
 
-from lopd.errors import UserError
+from lopd.errors import UserError, one_line
 from lopd.machine.limits import limited
 from lopd.machine.reading import check_regular, read_json_object
 from lopd.machine.storage import check_url
@@ -46,11 +46,6 @@ _OF_OTHER_PROGRAMS = (_MODEL, "vocab.json", "merges.txt")
 _TEMPLATE_SECONDS = 10.0
 _TEMPLATE_BYTES = 2 << 30
 _TEMPLATE_CHARACTERS = 1 << 24
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line; its type if it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _digest(text: str) -> str:
@@ -217,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 return read, ids
             except Exception as error:  # the Rust reader raises plain Exception
                 raise UserError(
-                    f"{self._where}: Transformers cannot read its {_JSON} ({_line(error)})"
+                    f"{self._where}: Transformers cannot read its {_JSON} ({one_line(error)})"
                 ) from error
 
     def _find_turn_end(self) -> int | None:
@@ -261,7 +256,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # a template may raise anything
             raise UserError(
                 f"{self._where}: the chat template refuses a conversation of "
-                f"{len(messages)} messages ({_line(error)})"
+                f"{len(messages)} messages ({one_line(error)})"
             ) from error
         if not isinstance(text, str) or len(text) > _TEMPLATE_CHARACTERS:
             raise UserError(

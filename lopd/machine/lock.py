@@ -82,9 +82,9 @@ class _Holder:
         """The kernel it runs on, which knows its locks."""
         return self.space.partition(" ")[0] or self.host
 
-    def has_ended(self) -> bool:
-        """Whether it is known that there is no such process any more."""
-        if not self.space or self.space != _process_space():
+    def has_ended(self, space: str) -> bool:
+        """Whether it is known, in such a space, that there is no such process any more."""
+        if not space or self.space != space:
             return False
         try:
             os.kill(self.pid, 0)
@@ -175,12 +175,12 @@ class _Object:
         pass
 
 
-def _lives(file: _LocalFile | _Object, holder: _Holder) -> bool:
+def _lives(file: _LocalFile | _Object, other: _Holder, this: _Holder) -> bool:
     """Whether the process that a file names still holds the lock; may take a while to tell."""
-    if (file.kernel_lock and holder.kernel == _Holder.this().kernel) or holder.has_ended():
+    if (file.kernel_lock and other.kernel == this.kernel) or other.has_ended(this.space):
         return False
     print(
-        f"lopd: process {holder.pid} on {holder.host} has left its lock; waiting {_DEAD_AFTER:.0f} "
+        f"lopd: process {other.pid} on {other.host} has left its lock; waiting {_DEAD_AFTER:.0f} "
         "s for a sign of life",
         file=sys.stderr,
         flush=True,
@@ -205,7 +205,7 @@ def _take(path: epath.Path, holder: _Holder) -> _LocalFile | _Object:
         file = _LocalFile(path) if is_local(path) else _Object(path)
         text = file.read()
         other = _Holder.read(text)
-        if other and _lives(file, other):
+        if other and _lives(file, other, holder):
             raise _Busy(text)
         file.write(holder.text(0))
         return file

@@ -70,6 +70,11 @@ def json_kind(value: Any) -> str:
     return kinds.get(type(value), "null" if value is None else "a number")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name can only be that of a file in the folder that it is looked for in."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*", name))
+
+
 def check_file_names(names: Iterable[Any], where: str) -> None:
     """Refuses names that could lie elsewhere than in the folder that lists them.
 
@@ -77,5 +82,5 @@ def check_file_names(names: Iterable[Any], where: str) -> None:
       UserError: naming the first that is no plain file name.
     """
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+        if not isinstance(name, str) or not is_file_name(name):
             raise UserError(f"{where}: {name!r} is no file name")

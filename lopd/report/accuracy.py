@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from lopd.config.catalogue import CATALOGUE, STUDENT, TEACHER
+from lopd.config.catalogue import BASE, CATALOGUE, STUDENT, TEACHER
 from lopd.report.plots import SERIES, Plot, interval_plot
 from lopd.report.reading import Run
 from lopd.report.texts import signed
 
 _TRAINED = {info.name: info.title for info in CATALOGUE if info.trains == STUDENT}
 _TEACHERS = {info.name: info.title for info in CATALOGUE if info.trains == TEACHER}
-TITLES = {"base": "Base", **_TRAINED, **_TEACHERS}
+TITLES = {BASE: "Base", **_TRAINED, **_TEACHERS}
 """Models in the order of the tables, as they are called there."""
 
 

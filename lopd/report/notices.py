@@ -6,11 +6,8 @@ Said above the page, and behind the accuracies when a run ends.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lopd.config.catalogue import stage_info
+from lopd.config.catalogue import BASE, stage_info
 from lopd.sampling.cut import MANY
-
-_UNTRAINED = "base"
-"""The name, in results, of the student before any training."""
 
 
 def _cut(name: str, share: float) -> list[str]:
@@ -40,16 +37,16 @@ def of_stage(name: str, outputs: Mapping[str, Any], steps: Iterable[Mapping]) ->
 
 def of_results(results: Mapping[str, Mapping[str, Mapping]]) -> list[str]:
     """On an evaluation, by model and "test/mode"."""
-    found = [(f"{m} {task}", r) for m, tasks in results.items() for task, r in tasks.items()]
+    found = [(m, f"{m} {task}", r) for m, tasks in results.items() for task, r in tasks.items()]
     # The student before any training has not learnt to end, and is nobody's result.
     cut = [
         f"{what} {1 - r['finished']:.0%}"
-        for what, r in found
-        if 1 - r.get("finished", 1) > MANY and not what.startswith(f"{_UNTRAINED} ")
+        for model, what, r in found
+        if model != BASE and 1 - r.get("finished", 1) > MANY
     ]
     lost = [
         f"{what} {r['ungraded']} of {r['n'] + r['ungraded']}"
-        for what, r in found
+        for _, what, r in found
         if r.get("ungraded")
     ]
     notices = []

@@ -5,7 +5,6 @@ mean nothing elsewhere and are left out. What the run has evaluated is in it; `e
 it comes after `export`.
 """
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,9 +15,8 @@ from etils import epath
 import lopd
 from lopd.artefacts.artefact import Artefact
 from lopd.checkpoints import hugging_face
-from lopd.config.catalogue import CATALOGUE, STUDENT
+from lopd.config.catalogue import BASE, CATALOGUE, STUDENT
 from lopd.machine import processes
-from lopd.machine.storage import write_atomically
 from lopd.stages.origins import Given
 from lopd.stages.run import Run
 from lopd.stages.weights import student_source
@@ -74,13 +72,7 @@ def add_accuracies(run: Run) -> None:
     export = Artefact(run.home("export"))
     if not export.complete or export.manifest.inputs != {"opd": _opd(run).outputs["fingerprint"]}:
         return
-    text = card(run, export.manifest.settings["dtype"])
-    export.reopen([CARD])
-    write_atomically(export.path / CARD, text)
-    export.list_file(CARD)
-    export.manifest.files.sort(key=operator.itemgetter("name"))  # as `finish` lists them
-    export.manifest.complete = True
-    export.save()
+    export.rewrite(CARD, card(run, export.manifest.settings["dtype"]))
 
 
 # Where it comes from
@@ -178,7 +170,7 @@ def _accuracy(run: Run, dtype: str) -> str:
             "Not measured when this was written; what `lopd` measures is in the run's "
             "`eval/summary.json`."
         )
-    titles = {info.name: info.title for info in CATALOGUE} | {"base": "Base"}
+    titles = {info.name: info.title for info in CATALOGUE} | {BASE: "Base"}
     models = {name: titles[name] for name in manifest.results}
     rows = []
     for test in manifest.results["opd"]:

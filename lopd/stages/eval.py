@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from lopd.artefacts.artefact import Artefact
-from lopd.config.catalogue import CATALOGUE, STUDENT, stage_info
+from lopd.config.catalogue import BASE, CATALOGUE, STUDENT, stage_info
 from lopd.errors import UserError
 from lopd.machine import processes
 from lopd.machine.progress import bar, counted
@@ -25,9 +25,6 @@ from lopd.stages.scored import sampler_plan
 from lopd.stages.stage import Stage
 from lopd.stages.weights import base_params, load_params
 from lopd.tasks import Problem, metrics
-
-BASE = "base"
-"""The student before any training."""
 
 
 def _shapes() -> dict[str, str]:

@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 from lopd.config.catalogue import STUDENT
+from lopd.config.settings import PROMPT_SOURCES
 from lopd.stages.run import Run
 
 _PATHS = ("checkpoint", "cache", "teacher")
 """Settings that name artefacts: what those hold is compared by fingerprint instead."""
-_SOURCES = ("sft_prompts", "opd_prompts", "problems")
-"""Where a task's prompts are from. A stage depends on those only that it reads."""
 
 
 def _plain(value: Any) -> Any:
@@ -22,7 +21,7 @@ def task_settings(run: Run, *sources: str) -> dict:
     Data sets at the Hub are named with the commit that is read.
     """
     task = _plain(run.task_settings if sources else run.settings.task)
-    return {"task": {k: v for k, v in task.items() if k not in _SOURCES or k in sources}}
+    return {"task": {k: v for k, v in task.items() if k not in PROMPT_SOURCES or k in sources}}
 
 
 def stage_settings(run: Run, section: str, *shared: str) -> dict:

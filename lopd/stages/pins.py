@@ -10,7 +10,7 @@ import json
 
 from etils import epath
 
-from lopd.config.settings import TaskSettings
+from lopd.config.settings import PROMPT_SOURCES, TaskSettings
 from lopd.data.hub import PREFIX
 from lopd.data.sources import pin
 from lopd.errors import UserError
@@ -19,7 +19,6 @@ from lopd.machine.storage import write_atomically
 
 FILE = "revisions.json"
 """In the working directory: source → source with its commit."""
-_KEYS = ("sft_prompts", "opd_prompts", "problems")
 
 
 def known_commits(workdir: epath.Path) -> dict[str, str]:
@@ -44,7 +43,7 @@ def pinned(task: TaskSettings, workdir: epath.Path) -> TaskSettings:
 
     A source that cannot be asked for now stays as it is: whoever reads it is told why.
     """
-    sources = {key: getattr(task, key).split(",") for key in _KEYS if getattr(task, key)}
+    sources = {key: getattr(task, key).split(",") for key in PROMPT_SOURCES if getattr(task, key)}
     if not any(source.startswith(PREFIX) for found in sources.values() for source in found):
         return task
     known = known_commits(workdir)

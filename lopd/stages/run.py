@@ -24,6 +24,21 @@ from lopd.stages.pins import pinned
 from lopd.tasks import Task, make_task
 
 
+def shape_in(artefact: Artefact, stage: str) -> dict:
+    """The shape of the model in a finished artefact that is to be the one of `stage`.
+
+    Raises:
+      UserError: if it holds none.
+    """
+    shape = artefact.outputs.get("model")
+    if not isinstance(shape, dict) or "fingerprint" not in artefact.outputs:
+        made = artefact.manifest.stage
+        raise UserError(
+            f"the {stage} artefact: {artefact.path} holds no model; it is that of {made!r}"
+        )
+    return shape
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """What every stage is handed. What it holds is found out once."""
@@ -199,13 +214,7 @@ class Run:
     def _given_model(self, stage: str) -> DecoderConfig:
         """The shape of the model in an artefact that the settings name."""
         artefact = self.input(stage)
-        shape = artefact.outputs.get("model")
-        if not isinstance(shape, dict) or "fingerprint" not in artefact.outputs:
-            made = artefact.manifest.stage
-            raise UserError(
-                f"the {stage} artefact: {artefact.path} holds no model; it is that of {made!r}"
-            )
         try:
-            return DecoderConfig(**shape)
+            return DecoderConfig(**shape_in(artefact, stage))
         except TypeError as error:
             raise UserError(f"{artefact.path}: the model of its manifest: {error}") from error

@@ -15,7 +15,7 @@ from lopd.errors import UserError
 from lopd.models import decoder, low_rank
 from lopd.models.shardings import abstract_params_on, check_divisible, param_shardings
 from lopd.stages.origins import Adopted, Given
-from lopd.stages.run import Run
+from lopd.stages.run import Run, shape_in
 
 PARAMS = "params"
 """Name of the directory, under a training stage's artefact, that holds its finished weights; of a
@@ -100,12 +100,7 @@ def check_shape(run: Run, stage: str) -> None:
       UserError: naming what differs.
     """
     artefact, which = run.input(stage), stage_info(stage).trains
-    found, set_to = artefact.outputs.get("model"), dataclasses.asdict(run.model(which))
-    if not isinstance(found, dict) or "fingerprint" not in artefact.outputs:
-        made = artefact.manifest.stage
-        raise UserError(
-            f"the {stage} artefact: {artefact.path} holds no model; it is that of {made!r}"
-        )
+    found, set_to = shape_in(artefact, stage), dataclasses.asdict(run.model(which))
     if found != set_to:
         raise UserError(
             f"{artefact.path} holds a model of another shape than {which}.model "
